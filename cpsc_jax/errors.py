@@ -1,0 +1,17 @@
+"""The one exception that is meant for the user's eyes."""
+
+
+class Refusal(Exception):
+  """Input or state that the program will not work with.
+
+  The message is one sentence that names the thing and the mend; `main` prints it without a traceback and
+  exits with `exit_code`.
+  """
+
+  exit_code = 2
+
+
+class NonFiniteLoss(Refusal):
+  """Training produced a NaN or an infinity; the last good checkpoint is kept."""
+
+  exit_code = 3

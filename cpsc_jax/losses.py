@@ -1,0 +1,92 @@
+"""Loss terms: arrays in, scalars out. No term knows a config; `stop_gradient` stands where the term is written.
+
+Sources: CPSC-DFKD (Shao, Zhang, Wang, Pattern Recognition 143:109781, 2023) and its published code; supervised
+contrast after Khosla et al., NeurIPS 2020, eq. 2; batch norm statistics after DeepInversion (Yin et al., CVPR 2020).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.lax import stop_gradient
+
+BASE_TEMPERATURE = 0.07
+
+
+def kl(teacher_logits_NC, student_logits_NC):
+  """KL(teacher || student) at temperature 1, summed over classes, mean over the batch: () from two (N, C).
+
+  The gradient flows into both arguments.
+  """
+  log_q = jax.nn.log_softmax(teacher_logits_NC)
+  log_p = jax.nn.log_softmax(student_logits_NC)
+  return jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1))
+
+
+def ikd_generator(teacher_logits_NC, student_logits_NC, form="mse"):
+  """The generator's inverse distillation term, () from two (N, C): lower where the student is farther off.
+
+  `form` "mse" is -MSE, "log" is -log MSE (CIFAR-10 in the published code); the mean is over batch and classes. The
+  teacher is detached.
+  """
+  mse = jnp.mean(jnp.square(student_logits_NC - stop_gradient(teacher_logits_NC)))
+  return -jnp.log(mse) if form == "log" else -mse
+
+
+def ikd_student(teacher_logits_NC, student_logits_NC, form="mse"):
+  """The student's logit regression, () from two (N, C); the teacher is detached.
+
+  `form` "mse" is the mean over batch and classes; "log" is the logarithm of the Frobenius norm of the whole difference
+  (CIFAR-10 in the published code).
+  """
+  difference = student_logits_NC - stop_gradient(teacher_logits_NC)
+  if form == "log":
+    return 0.5 * jnp.log(jnp.sum(jnp.square(difference)))
+  return jnp.mean(jnp.square(difference))
+
+
+def cross_entropy(logits_NC, labels_N, double_softmax=False):
+  """Cross-entropy against the conditioning labels, mean over the batch: () from (N, C) and (N,).
+
+  `double_softmax` hands softmax(logits) to the cross-entropy in place of the logits, as the published code does.
+  """
+  scores = jax.nn.softmax(logits_NC) if double_softmax else logits_NC
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels_N))
+
+
+def supervised_contrast(views_NVD, labels_N=None, temperature=0.07):
+  """Supervised contrastive loss over all views of all samples, () from (N, V, D) and (N,).
+
+  Every other view with the same label is a positive (without labels: of the same sample); the anchor itself is in
+  neither numerator nor denominator; the mean over positives is outside the logarithm (L_out of Khosla et al.), the
+  mean over anchors last, times temperature / 0.07. The self-similarity is masked before the row maximum is taken, so
+  that rows of any length stay finite.
+  """
+  n, v, d = views_NVD.shape
+  rows = jnp.swapaxes(views_NVD, 0, 1).reshape(v * n, d)
+  identity = jnp.arange(n) if labels_N is None else labels_N
+  identity = jnp.tile(identity, v)
+  self_pair = jnp.eye(v * n, dtype=bool)
+  similarity = rows @ rows.T / temperature
+  log_p = similarity - jax.nn.logsumexp(jnp.where(self_pair, -jnp.inf, similarity), axis=1, keepdims=True)
+  positive = (identity[:, None] == identity[None, :]) & ~self_pair
+  per_anchor = jnp.sum(jnp.where(positive, log_p, 0.0), axis=1) / jnp.sum(positive, axis=1)
+  return -(temperature / BASE_TEMPERATURE) * jnp.mean(per_anchor)
+
+
+def bn_statistics(moments, running):
+  """Distance between what the teacher's batch norm layers see and what they saw in training, ().
+
+  Args:
+    moments: {layer: {"mean": (K,), "var": (K,)}} of the current batch, variance biased.
+    running: the same keys, the stored running statistics.
+
+  Returns the sum over layers of ||mean - mean||_2 + ||var - var||_2; 0 for a teacher without batch norm.
+  """
+  total = 0.0
+  for layer, seen in moments.items():
+    total += _l2(seen["mean"] - running[layer]["mean"]) + _l2(seen["var"] - running[layer]["var"])
+  return jnp.asarray(total)
+
+
+def _l2(x):
+  return jnp.sqrt(jnp.sum(jnp.square(x)))

@@ -1,0 +1,13 @@
+"""The methods by name. A method is its named, weighted terms; a new one is a file here and a row."""
+
+from cpsc_jax.errors import Refusal
+from cpsc_jax.methods import cpsc
+
+METHODS = {"cpsc": cpsc.method}
+
+
+def method(config):
+  """The terms of `config.method`; a Refusal if the name is unknown."""
+  if config.method not in METHODS:
+    raise Refusal(f"no method '{config.method}'; choose one of {', '.join(METHODS)}.")
+  return METHODS[config.method](config)

@@ -1,0 +1,99 @@
+"""The networks by name, and the three ways they are called."""
+
+import difflib
+import re
+
+import jax
+
+from cpsc_jax.errors import Refusal
+from cpsc_jax.nets import resnet, vgg
+from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator
+from cpsc_jax.nets.layers import FeatureHead, observe_batch_norm
+from cpsc_jax.nets.wide_resnet import WideResNet
+
+NETS = {
+  "resnet18": resnet.resnet18,
+  "resnet34": resnet.resnet34,
+  "resnet50": resnet.resnet50,
+  "vgg11": vgg.vgg11,
+  "vgg13": vgg.vgg13,
+  "vgg16": vgg.vgg16,
+}
+
+GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator}
+
+
+def classifier(name, num_classes, dtype=None):
+  """The classifier called `name`: a row of NETS, or wrn_D_K for any depth D = 6n + 4 and width K.
+
+  Raises:
+    Refusal: the name is none of these.
+  """
+  wide = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
+  if wide:
+    depth, widen = map(int, wide.groups())
+    if depth < 10 or (depth - 4) % 6 or widen < 1:
+      raise Refusal(f"no net '{name}': the depth of a wide ResNet is 6n + 4 (10, 16, 22, 28, 40, ...), its width >= 1.")
+    return WideResNet(depth, widen, num_classes, dtype)
+  if name not in NETS:
+    raise Refusal(f"no net '{name}'; choose one of {', '.join(NETS)}, wrn_D_K{suggestion(name, NETS)}.")
+  return NETS[name](num_classes, dtype)
+
+
+def generator(name, num_classes, image_size, channels, width, dtype=None):
+  """The generator called `name` for square images.
+
+  Raises:
+    Refusal: unknown name, or an image size that the generator's upsampling does not divide.
+  """
+  if name not in GENERATORS:
+    raise Refusal(f"no generator '{name}'; choose one of {', '.join(GENERATORS)}{suggestion(name, GENERATORS)}.")
+  kind = GENERATORS[name]
+  if image_size % kind.divisor:
+    fitting = [n for n, g in GENERATORS.items() if image_size % g.divisor == 0]
+    raise Refusal(
+      f"generator '{name}' needs an image size divisible by {kind.divisor}, not {image_size}"
+      + (f"; '{fitting[0]}' fits." if fitting else ".")
+    )
+  return kind(num_classes, image_size, channels, width, dtype)
+
+
+def suggestion(name, names):
+  close = difflib.get_close_matches(name, names, 1)
+  return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def forward(net, variables, *inputs, train):
+  """Applies a net and returns (its output, its batch statistics afterwards).
+
+  In training mode the batch's own statistics normalise and the running ones move; in evaluation mode nothing moves.
+  """
+  if not train:
+    return net.apply(variables, *inputs, train=False), variables.get("batch_stats", {})
+  output, moved = net.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+  return output, moved.get("batch_stats", {})
+
+
+def forward_observed(net, variables, x):
+  """A frozen net in evaluation mode: (output, moments, running), the latter two as `losses.bn_statistics` takes them."""
+  output, moments = observe_batch_norm(lambda: net.apply(variables, x, train=False))
+  return output, moments, {path: _at(variables["batch_stats"], path) for path in moments}
+
+
+def init(net, key, *inputs):
+  """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly."""
+  variables = jax.jit(lambda k: net.init(k, *inputs, train=True))(key)
+  return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def count_parameters(params):
+  return sum(p.size for p in jax.tree.leaves(params))
+
+
+def _at(tree, path):
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+__all__ = ["FeatureHead", "classifier", "count_parameters", "forward", "forward_observed", "generator", "init"]

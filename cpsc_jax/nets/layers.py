@@ -1,0 +1,165 @@
+"""Layers with PyTorch's arithmetic, and the categorical batch norm that carries the class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cpsc_jax.nets.convolution import conv_general_dilated
+
+
+def conv(features, kernel=3, stride=1, use_bias=False, dtype=None, name=None, init=None, bias_init=nn.initializers.zeros):
+  """k x k convolution with PyTorch's symmetric padding k // 2 (not 'SAME', which differs at stride 2)."""
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    (stride, stride),
+    padding=kernel // 2,
+    use_bias=use_bias,
+    dtype=dtype,
+    kernel_init=init or nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    bias_init=bias_init,
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
+
+
+def torch_uniform(fan_in):
+  """PyTorch's default for convolutions and linear layers: U(-1, 1) / sqrt(fan_in), weights and biases alike."""
+
+  def init(key, shape, dtype=jnp.float32, **_):
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
+
+  return init
+
+
+def linear(features, fan_in, dtype=None, name=None):
+  init = torch_uniform(fan_in)
+  return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def moments(x):
+  """Mean and biased variance over all axes but the last, in at least float32: two (K,)."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  return mean, jnp.mean(jnp.square(x - mean), axes)
+
+
+class _Normalise(nn.Module):
+  """Batch statistics in training, running statistics otherwise; PyTorch's update, with the unbiased variance."""
+
+  epsilon: float = 1e-5
+  momentum: float = 0.1
+
+  def normalise(self, x, train):
+    shape = (x.shape[-1],)
+    stat_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    if not train:
+      return (x - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon)
+    mean, var = moments(x)
+    if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+      n = x.size // x.shape[-1]
+      blend = lambda old, new: (1 - self.momentum) * old + self.momentum * new
+      running_mean.value = blend(running_mean.value, mean)
+      running_var.value = blend(running_var.value, var * (n / max(n - 1, 1)))
+    return (x.astype(stat_dtype) - mean) * jax.lax.rsqrt(var + self.epsilon)
+
+
+class BatchNorm(_Normalise):
+  """PyTorch's BatchNorm2d on (N, H, W, K): eps 1e-5, momentum 0.1 in PyTorch's sense, unbiased running variance."""
+
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
+
+
+class CategoricalBatchNorm(_Normalise):
+  """Categorical feature embedding (CFE), the conditional batch norm of CPSC-DFKD.
+
+  Normalises (N, ..., K) with batch statistics and no affine part, then scales and shifts every channel with rows of two
+  embedding tables looked up by the label: `scale` and `bias`, (num_classes, K), starting at ones and zeros. Running
+  statistics are updated as in `BatchNorm`.
+  """
+
+  num_classes: int = 10
+  epsilon: float = 1e-3
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x, labels_N, train: bool):
+    table = (self.num_classes, x.shape[-1])
+    spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, table)[labels_N].reshape(spread)
+    bias = self.param("bias", nn.initializers.zeros, table)[labels_N].reshape(spread)
+    return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
+
+
+class FeatureHead(nn.Module):
+  """A classifier whose features pass a two-layer MLP to another width, so that they can be compared with a teacher's.
+
+  The MLP (width -> width -> `features`, ReLU between) reads the normalised features; its output is scaled to unit length
+  again if `normalise`. Logits and stages stay the network's own.
+  """
+
+  net: nn.Module
+  features: int
+  normalise: bool = True
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    out = self.net(x, train)
+    width = out.features.shape[-1]
+    first, second = linear(width, width, name="head_0"), linear(self.features, width, name="head_2")
+
+    def head(features):
+      mapped = second(nn.relu(first(features)))
+      return unit(mapped) if self.normalise else mapped
+
+    return out.replace(features=head(out.features), head_features=head(jax.lax.stop_gradient(out.features)))
+
+
+def unit(features_ND):
+  """Rows scaled to unit L2 norm; rows shorter than 1e-12 are divided by 1e-12, as PyTorch does."""
+  x = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
+  squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
+
+
+def upsample(x, factor=2):
+  """Nearest-neighbour upsampling of (N, H, W, K) by `factor` in both directions."""
+  n, h, w, k = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, factor, w, factor, k))
+  return x.reshape(n, h * factor, w * factor, k)
+
+
+def max_pool(x):
+  return nn.max_pool(x, (2, 2), (2, 2))
+
+
+def observe_batch_norm(call: Callable[[], Any]):
+  """Runs `call` and returns (its result, what every batch norm layer in it saw).
+
+  The second is {module path: {"mean": (K,), "var": (K,)}} of the layer's input, variance biased, in the order of the
+  calls. It reads Flax's own `nn.BatchNorm` as well as this package's, so that teachers from elsewhere are seen too.
+  """
+  seen = {}
+
+  def watch(next_call, args, kwargs, context):
+    if isinstance(context.module, BatchNorm | nn.BatchNorm) and context.method_name == "__call__":
+      mean, var = moments(args[0])
+      seen[context.module.path] = {"mean": mean, "var": var}
+    return next_call(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    result = call()
+  return result, seen

@@ -1,0 +1,82 @@
+"""CIFAR ResNet-18/34/50 (He et al., CVPR 2016): 3x3 stem of 64 channels, no max-pooling."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cpsc_jax.nets.layers import BatchNorm, conv, linear, unit
+from cpsc_jax.state import Output
+
+
+class BasicBlock(nn.Module):
+  width: int
+  stride: int
+  dtype: Any = None
+  expansion = 1
+
+  @nn.compact
+  def __call__(self, x, train):
+    h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
+    h = nn.relu(BatchNorm(name="bn1")(h, train))
+    h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
+    return nn.relu(h + _shortcut(x, self.width, self.stride, self.dtype, train))
+
+
+class Bottleneck(nn.Module):
+  width: int
+  stride: int
+  dtype: Any = None
+  expansion = 4
+
+  @nn.compact
+  def __call__(self, x, train):
+    h = nn.relu(BatchNorm(name="bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x), train))
+    h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv2")(h)
+    h = nn.relu(BatchNorm(name="bn2")(h, train))
+    width = self.width * self.expansion
+    h = BatchNorm(name="bn3")(conv(width, 1, dtype=self.dtype, name="conv3")(h), train)
+    return nn.relu(h + _shortcut(x, width, self.stride, self.dtype, train))
+
+
+def _shortcut(x, width, stride, dtype, train):
+  """The input itself, or its 1x1 projection where stride or width change; called inside a block's compact scope."""
+  if stride == 1 and x.shape[-1] == width:
+    return x
+  return BatchNorm(name="shortcut_bn")(conv(width, 1, stride, dtype=dtype, name="shortcut_conv")(x), train)
+
+
+class ResNet(nn.Module):
+  """(N, H, W, K) -> `Output` with four stages of 64, 128, 256, 512 channels (times 4 with bottlenecks)."""
+
+  blocks: tuple[int, ...]
+  block: type[nn.Module]
+  num_classes: int
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    x = nn.relu(BatchNorm(name="bn1")(conv(64, dtype=self.dtype, name="conv1")(x), train))
+    stages = []
+    for stage, count in enumerate(self.blocks):
+      for block in range(count):
+        stride = 2 if stage > 0 and block == 0 else 1
+        x = self.block(64 * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{block}")(x, train)
+      stages.append(x)
+    pooled = jnp.mean(x, (1, 2))
+    logits = linear(self.num_classes, pooled.shape[-1], name="linear")(
+      pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
+    )
+    return Output(logits, unit(pooled), tuple(stages))
+
+
+def resnet18(num_classes, dtype=None):
+  return ResNet((2, 2, 2, 2), BasicBlock, num_classes, dtype)
+
+
+def resnet34(num_classes, dtype=None):
+  return ResNet((3, 4, 6, 3), BasicBlock, num_classes, dtype)
+
+
+def resnet50(num_classes, dtype=None):
+  return ResNet((3, 4, 6, 3), Bottleneck, num_classes, dtype)

@@ -1,0 +1,102 @@
+"""The pytrees that training carries, and what a network returns."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Tree = Any
+
+
+@struct.dataclass
+class Output:
+  """What every classifier of `nets` returns.
+
+  Attributes:
+    logits: (N, C).
+    features: (N, D), the globally averaged features scaled to unit L2 norm (of the head, where there is one).
+    stages: feature maps (N, H, W, K) at the end of each stage, first stage first.
+    head_features: `features` with everything below a feature head detached, so that a loss on it trains the head
+      alone; None without a head.
+  """
+
+  logits: jax.Array
+  features: jax.Array
+  stages: tuple[jax.Array, ...]
+  head_features: jax.Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+  """A network under training. `batch_stats` holds the running means and variances of its batch norm layers."""
+
+  params: Tree
+  batch_stats: Tree
+  opt_state: Tree
+
+  @property
+  def variables(self):
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
+  def updated(self, tx, grads, batch_stats):
+    """The state after one update of the optax chain `tx`."""
+    updates, opt_state = tx.update(grads, self.opt_state, self.params)
+    params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), self.params, updates)
+    return self.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
+
+
+@struct.dataclass
+class DistillState:
+  """Everything that changes during a distillation, and nothing else.
+
+  Attributes:
+    step: iterations done, () int32.
+    key: the run's PRNG key; steps fold their number into it and never change it.
+    generator: its TrainState.
+    student: its TrainState; the parameters of a feature head are among its parameters.
+    memory: an image pool or a bank, for methods that have one; empty otherwise.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  generator: TrainState
+  student: TrainState
+  memory: Tree
+
+  def tick(self):
+    return self.replace(step=self.step + 1)
+
+
+@struct.dataclass
+class SupervisedState:
+  """Training on a labelled set: teachers, and the control arms that use real data."""
+
+  step: jax.Array
+  key: jax.Array
+  net: TrainState
+
+  def tick(self):
+    return self.replace(step=self.step + 1)
+
+
+@struct.dataclass
+class View:
+  """What one batch looks like to the terms of a method.
+
+  Attributes:
+    labels: (N,) int32, the classes asked of the generator (or real labels).
+    teacher, student: their `Output` on the batch.
+    moments: per batch norm layer of the teacher, the batch mean and biased variance of its input; empty unless asked for.
+    running: the teacher's running mean and variance of the same layers, same keys.
+  """
+
+  labels: jax.Array
+  teacher: Output
+  student: Output
+  moments: Tree = struct.field(default_factory=dict)
+  running: Tree = struct.field(default_factory=dict)
+
+
+def step_counter():
+  return jnp.zeros((), jnp.int32)
