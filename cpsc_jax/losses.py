@@ -44,13 +44,17 @@ def ikd_student(teacher_logits_NC, student_logits_NC, form="mse"):
   return jnp.mean(jnp.square(difference))
 
 
-def cross_entropy(logits_NC, labels_N, double_softmax=False):
-  """Cross-entropy against the conditioning labels, mean over the batch: () from (N, C) and (N,).
+def cross_entropy(logits_NC, labels_N, double_softmax=False, label_smoothing=0.0):
+  """Cross-entropy against labels, mean over the batch: () from (N, C) and (N,).
 
-  `double_softmax` hands softmax(logits) to the cross-entropy in place of the logits, as the published code does.
+  `double_softmax` hands softmax(logits) to the cross-entropy in place of the logits, as the published code does;
+  `label_smoothing` mixes so much of the uniform distribution into the targets (Szegedy et al., CVPR 2016).
   """
   scores = jax.nn.softmax(logits_NC) if double_softmax else logits_NC
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels_N))
+  if not label_smoothing:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels_N))
+  targets = optax.smooth_labels(jax.nn.one_hot(labels_N, scores.shape[-1], dtype=scores.dtype), label_smoothing)
+  return jnp.mean(optax.softmax_cross_entropy(scores, targets))
 
 
 def supervised_contrast(views_NVD, labels_N=None, temperature=0.07):

@@ -7,11 +7,14 @@ import optax
 
 
 def generator_optimiser(config, steps_per_epoch):
-  """Adam with the piecewise schedule of the config (lr times `decay` at each of `milestones`, in epochs)."""
-  c = config.generator
-  lr = c.lr
-  if c.milestones and not config.quirks.fresh_adam:
-    lr = optax.piecewise_constant_schedule(c.lr, {int(e) * steps_per_epoch: c.decay for e in c.milestones})
+  """Adam with the config's schedule; under `fresh_adam` the schedule never acts, as each step's Adam is at its first."""
+  c, epochs = config.generator, config.schedule.epochs
+  if config.quirks.fresh_adam:
+    lr = c.lr
+  elif c.schedule == "cosine":
+    lr = warmup_cosine(c.lr, 0, epochs * steps_per_epoch)
+  else:
+    lr = per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps_per_epoch)
   return optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8)
 
 
@@ -30,11 +33,13 @@ def student_optimiser(config, steps_per_epoch):
   return optax.partition({"net": trained, "head": optax.set_to_zero()}, labels)
 
 
-def supervised_optimiser(c, steps_per_epoch):
-  """SGD for training on labels: linear warm-up, then cosine to 0 at the last step."""
-  return sgd(
-    warmup_cosine(c.lr, c.warmup_epochs * steps_per_epoch, c.epochs * steps_per_epoch), c.momentum, c.weight_decay
-  )
+def supervised_optimiser(c, steps_per_epoch, published=False):
+  """SGD for training on labels: linear warm-up, then cosine to 0 at the last step; `published`: cosine per epoch."""
+  if published:
+    lr = per_epoch(cosine_per_epoch(c.lr, c.epochs), steps_per_epoch)
+  else:
+    lr = warmup_cosine(c.lr, c.warmup_epochs * steps_per_epoch, c.epochs * steps_per_epoch)
+  return sgd(lr, c.momentum, c.weight_decay)
 
 
 def sgd(lr, momentum, weight_decay):
@@ -72,6 +77,12 @@ def published_student_lr(lr, epochs):
 def cosine_per_epoch(lr, epochs):
   """lr / 2 (1 + cos(pi e / E)) for e = 1..E, the published teacher schedule: (E,) float64."""
   return 0.5 * lr * (1 + np.cos(np.pi * np.arange(1, epochs + 1) / epochs))
+
+
+def milestones(lr, epochs, at, decay):
+  """lr, times `decay` from each epoch of `at` on, for epochs 1..E: (E,) float64."""
+  passed = np.searchsorted(np.sort(np.asarray(at, np.float64)), np.arange(1, epochs + 1), side="right")
+  return lr * np.power(decay, passed)
 
 
 def per_epoch(rates, steps_per_epoch):

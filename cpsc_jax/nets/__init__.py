@@ -4,6 +4,7 @@ import difflib
 import re
 
 import jax
+import jax.numpy as jnp
 
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
@@ -86,6 +87,12 @@ def init(net, key, *inputs):
   return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
+def feature_width(net, image_shape):
+  """D of the net's features (N, D) on images of that shape; nothing is computed."""
+  shape = lambda key, x: net.init_with_output(key, x, train=False)[0].features
+  return jax.eval_shape(shape, jax.random.key(0), jnp.zeros((2, *image_shape))).shape[-1]
+
+
 def count_parameters(params):
   return sum(p.size for p in jax.tree.leaves(params))
 
@@ -96,4 +103,13 @@ def _at(tree, path):
   return tree
 
 
-__all__ = ["FeatureHead", "classifier", "count_parameters", "forward", "forward_observed", "generator", "init"]
+__all__ = [
+  "FeatureHead",
+  "classifier",
+  "count_parameters",
+  "feature_width",
+  "forward",
+  "forward_observed",
+  "generator",
+  "init",
+]

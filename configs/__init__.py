@@ -1,0 +1,1 @@
+"""Run configurations; importable as `cpsc_jax.configs`."""

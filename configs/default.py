@@ -1,0 +1,127 @@
+"""Every key of a run, with its meaning. The other configs override about ten of them.
+
+Keys are locked: an unknown one on the command line is refused. `--config configs/NAME.py:smoke` is the same run cut down
+to seconds. Accuracies quoted in configs are fractions of the whole test split at the last epoch unless they say "best".
+"""
+
+import ml_collections
+
+
+def get_config(variant=""):
+  c = ml_collections.ConfigDict()
+  c.name = "default"  # the run's name; the working directory is runs/NAME unless --workdir says otherwise
+  c.seed = 0  # of initial weights, noise, labels and the teacher's training
+  c.method = "cpsc"  # a row of cpsc_jax.methods.METHODS
+  # What trains the student: "distill"; or a control, "untrained_generator" (the generator keeps its initial weights),
+  # "real_kd" (the student's terms on the real training data) or "real_labels" (cross-entropy on the real labels).
+  c.arm = "distill"
+  c.reference = False  # True: every quirk on, published weights and learning rates (cpsc_jax.settings.as_published)
+  c.precision = "float32"  # of convolutions and the generator's linear layer: float32, bfloat16 or float16
+
+  c.dataset = d = ml_collections.ConfigDict()
+  d.name = "cifar10"  # a row of cpsc_jax.datasets.DATASETS
+  d.data_dir = ""  # where prepared data live; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+
+  c.teacher = t = ml_collections.ConfigDict()
+  t.checkpoint = ""  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
+  t.net = "resnet34"  # a row of cpsc_jax.nets.NETS, or wrn_D_K; the rest of this section is for training one
+  t.epochs = 100
+  t.batch_size = 32
+  t.lr = 0.1
+  t.momentum = 0.9
+  t.weight_decay = 5e-4
+  t.warmup_epochs = 0
+  t.label_smoothing = 0.0
+  t.crop_pad = 4  # random crops after padding by so many black pixels; 0: none
+  t.flip = True  # random horizontal flips; refused for data sets whose classes do not survive them
+
+  c.student = s = ml_collections.ConfigDict()
+  s.net = "resnet18"
+  s.steps = 5  # student updates per iteration
+  s.lr = 0.1
+  s.momentum = 0.9
+  s.weight_decay = 5e-4
+  s.warmup_epochs = 10  # linear, then cosine to 0
+
+  c.generator = g = ml_collections.ConfigDict()
+  g.net = "cifar"  # "cifar" (image size divisible by 4) or "dcgan" (by 16)
+  g.latent_dim = 256
+  g.width = 64  # channels of the narrowest layer
+  g.steps = 6  # generator updates per iteration
+  g.lr = 1e-3
+  g.b1 = 0.5  # of Adam
+  g.b2 = 0.999
+  g.schedule = "steps"  # "steps": lr * decay at each milestone; "cosine": to 0 at the end
+  g.milestones = (50, 150)  # epochs
+  g.decay = 0.1
+
+  c.schedule = e = ml_collections.ConfigDict()
+  e.epochs = 600
+  e.iterations = 50  # per epoch
+  e.batch_size = 512  # of both players, over all devices together
+
+  c.loss = l = ml_collections.ConfigDict()
+  l.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
+  l.temperature = 0.07  # of the supervised contrast
+  l.generator = ml_collections.ConfigDict()
+  l.generator.adversarial = 1.0  # -KL(teacher || student)
+  l.generator.ikd = 5.0  # alpha: inverse distillation, logits far apart
+  l.generator.bn = 1.0  # beta: the teacher's batch norm statistics
+  l.generator.scl = 0.7  # gamma: supervised contrast across teacher and student views
+  l.generator.ce = 0.7  # eta: the teacher's prediction against the class asked for
+  l.student = ml_collections.ConfigDict()
+  l.student.kd = 1.0  # KL(teacher || student)
+  l.student.l2 = 5.0  # alpha: logit regression
+  l.student.ce = 0.7  # eta: the student's prediction against the class asked for
+  l.student.head = 1.0  # trains the feature head alone (contrast on detached features); without a head there is none
+
+  # The published code's behaviours that a reader of the paper would not expect; README.md has the table.
+  c.quirks = q = ml_collections.ConfigDict()
+  q.fresh_adam = False  # Adam is rebuilt at every generator step: no moments, and its schedule never acts
+  q.latent_step = False  # the latent is moved once by that Adam and thrown away (changes no result)
+  q.double_softmax = False  # both cross-entropies are given probabilities in place of logits
+  q.student_trains_in_generator_step = False  # student in training mode there, its running statistics move
+  q.generator_stats_in_student_step = False  # the generator's running statistics move in student steps
+  q.untrained_head = False  # the feature head is never trained, its output not normalised again
+  q.half_precision = False  # float16 without loss scaling
+  q.hundred_labels = False  # labels are drawn from min(100, number of classes) whatever the data set
+  q.stepped_schedule = False  # learning rates step per epoch; the student's warm-up is 10 epochs and its end not 0
+  q.report_best = False  # the headline figure is the best epoch, selected on the test set
+
+  c.evaluate = v = ml_collections.ConfigDict()
+  v.every = 1  # epochs between evaluations; the last epoch is always evaluated
+  v.batch_size = 500
+  v.samples_per_class = 100  # fresh samples for label fidelity
+
+  c.checkpoint = k = ml_collections.ConfigDict()
+  k.every = 10  # epochs between checkpoints; the last epoch is always saved
+
+  apply_variant(c, variant)
+  return c.lock()
+
+
+def apply_variant(c, variant):
+  """Carries out the word behind the colon of --config FILE:VARIANT."""
+  if variant == "smoke":
+    smoke(c)
+  elif variant:
+    raise ValueError(f"no variant '{variant}' of a config; there is 'smoke'.")
+
+
+def smoke(c):
+  """Cuts a config down to a run of seconds through the whole path, on the same data set."""
+  c.name += "_smoke"
+  c.teacher.net = "wrn_10_1"
+  c.teacher.epochs = 1
+  c.teacher.batch_size = 128
+  c.student.net = "wrn_10_1"
+  c.student.warmup_epochs = 1
+  c.student.steps = 1
+  c.generator.width = 8
+  c.generator.latent_dim = 16
+  c.generator.steps = 1
+  c.schedule.epochs = 2
+  c.schedule.iterations = 2
+  c.schedule.batch_size = 32
+  c.evaluate.samples_per_class = 10
+  c.checkpoint.every = 1

@@ -1,0 +1,241 @@
+"""A whole run, top to bottom: teacher, game, loop, figures."""
+
+import functools
+import json
+import os
+import pathlib
+import platform
+import time
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpsc_jax import algorithm, checkpoint, datasets, evaluate, methods, nets, optim, report, settings, teach
+from cpsc_jax.errors import Refusal
+from cpsc_jax.loop import Plan, train
+from cpsc_jax.mesh import make_mesh, replicated
+from cpsc_jax.progress import say
+
+PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def run(config, workdir, started=None):
+  """Carries out `config` in `workdir` and returns its results, also written there as results.json and pictures.
+
+  `started` is the time.monotonic() at which the whole run began. A finished workdir is left alone; an interrupted one is
+  resumed.
+
+  Raises:
+    Refusal: bad config, missing data, a teacher that does not fit, or a workdir that belongs to another config.
+  """
+  started = time.monotonic() if started is None else started
+  mesh = make_mesh()
+  config = settings.resolve(config, mesh)
+  if config.teacher.checkpoint:
+    teach.check_teacher(config)
+  workdir = pathlib.Path(workdir)
+  results = claim(workdir, config)
+  if results:
+    say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
+    return results
+  datasets.require(config.dataset.name, config.dataset.data_dir)
+
+  test = datasets.load_test(config.dataset.name, config.dataset.data_dir)
+  teacher_net, teacher, card = teach.obtain_teacher(config, test, workdir, mesh)
+  game = build_game(config, mesh, teacher_net, card)
+  classify = functools.partial(
+    evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=config.evaluate.batch_size, mesh=mesh
+  )
+  teacher_says = classify(teacher_net)(teacher, test.images)
+  student_says = classify(game.student)
+  sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
+  sample_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  data_free = config.arm in ("distill", "untrained_generator")
+  if data_free:
+    epoch, state = data_free_arm(config, game, teacher)
+    student_of = lambda state: state.student
+  else:
+    epoch, state = teach.real_arm(config, game, teacher, card)
+    student_of = lambda state: state.net
+  say(
+    f"{config.arm}: {card['net']} ({nets.count_parameters(teacher['params']):,} parameters,"
+    f" accuracy {float(evaluate.share_equal(teacher_says, test.labels)):.4f}) -> {config.student.net}"
+    f" ({nets.count_parameters(student_of(state).params):,} parameters)"
+  )
+
+  def measure(state):
+    predictions = student_says(student_of(state).variables, test.images)
+    scores = {
+      "accuracy": evaluate.share_equal(predictions, test.labels),
+      "agreement": evaluate.share_equal(predictions, teacher_says),
+    }
+    if data_free:
+      _, fidelity = sampler(state.generator.variables, teacher, sample_key)
+      scores["label_fidelity"] = jnp.mean(fidelity)
+    return scores
+
+  outcome = train(
+    Plan(
+      title=config.arm,
+      epoch=epoch,
+      measure=measure,
+      variables=lambda state: student_of(state).variables,
+      epochs=config.schedule.epochs,
+      measure_every=config.evaluate.every,
+      save_every=config.checkpoint.every,
+      workdir=workdir,
+    ),
+    jax.device_put(state, replicated(mesh)),
+  )
+
+  shape = {k: card[k] for k in ("num_classes", "image_size", "channels", "mean", "std")}
+  student_card = {**shape, "net": config.student.net, "dataset": config.dataset.name, "teacher_digest": card["digest"]}
+  checkpoint.save_net(workdir / "student", student_of(outcome.state).variables, student_card)
+  checkpoint.save_net(workdir / "student_best", outcome.best_variables, student_card)
+  generator = None
+  if data_free:
+    images, fidelity = jax.device_get(sampler(outcome.state.generator.variables, teacher, sample_key))
+    np.savez(workdir / "samples.npz", images=datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"]))
+    variables = outcome.state.generator.variables
+    checkpoint.save_net(workdir / "generator", variables, {**shape, "net": config.generator.net})
+    generator = {
+      "net": config.generator.net,
+      "parameters": nets.count_parameters(variables["params"]),
+      "label_fidelity": float(np.mean(fidelity)),
+      "label_fidelity_per_class": [float(f) for f in fidelity],
+    }
+  scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
+  figures = lambda e: {k: scored[e][k] for k in ("epoch", "accuracy", "agreement")}
+  last, best = figures(config.schedule.epochs), figures(outcome.best_epoch)
+  teacher_accuracy = float(evaluate.share_equal(teacher_says, test.labels))
+  headline = "best" if config.quirks.report_best else "last"
+  drawn = config.schedule.epochs * config.schedule.iterations * config.schedule.batch_size
+  results = {
+    "name": config.name,
+    "arm": config.arm,
+    "method": config.method,
+    "reference": config.reference,
+    "seed": config.seed,
+    "headline": headline,
+    "teacher": {
+      "net": card["net"],
+      "parameters": nets.count_parameters(teacher["params"]),
+      "accuracy": teacher_accuracy,
+      "digest": card["digest"],
+      "checkpoint": config.teacher.checkpoint or "trained in this run",
+    },
+    "student": {
+      "net": config.student.net,
+      "parameters": nets.count_parameters(student_of(outcome.state).params),
+      "last": last,
+      "best": best,
+    },
+    "generator": generator,
+    "agreement": {"last": last, "best": best}[headline]["agreement"],
+    "test_images": len(test),
+    "samples": {"generator": drawn * game.generator_steps * data_free, "student": drawn * game.student_steps},
+    "seconds": time.monotonic() - started,
+    "seconds_by_part": {"teacher": card.get("seconds", 0.0), "student": outcome.seconds},
+    "versions": {**{name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version()},
+    "hardware": hardware(),
+    "config": json.loads(settings.dump(config)),
+  }
+  history = {"teacher": card.get("history", []), "student": outcome.history}
+  (workdir / "history.json").write_text(json.dumps(history) + "\n")
+  report.draw(workdir, results)
+  results["seconds"] = time.monotonic() - started
+  write_whole(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+  return results
+
+
+def build_game(config, mesh, teacher_net, card):
+  """The `Game` of a config for one teacher: nets, terms and optimisers."""
+  spec = datasets.describe(config.dataset.name)
+  dtype = None if config.precision == "float32" else jnp.dtype(config.precision)
+  student = nets.classifier(config.student.net, spec.num_classes, dtype)
+  width = lambda net: nets.feature_width(net, spec.image_shape)
+  has_head = width(student) != width(teacher_net)
+  if has_head:
+    student = nets.FeatureHead(student, width(teacher_net), normalise=not config.quirks.untrained_head)
+  generator = nets.generator(
+    config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width, dtype
+  )
+  generator_steps = 0 if config.arm == "untrained_generator" else config.generator.steps
+  steps = config.schedule.iterations
+  return algorithm.Game(
+    generator=generator,
+    teacher=nets.classifier(card["net"], card["num_classes"], dtype),
+    student=student,
+    method=methods.method(config, has_head),
+    generator_tx=optim.generator_optimiser(config, steps * config.generator.steps),
+    student_tx=optim.student_optimiser(config, steps * config.student.steps),
+    latent_dim=config.generator.latent_dim,
+    num_labels=min(100, spec.num_classes) if config.quirks.hundred_labels else spec.num_classes,
+    batch_size=config.schedule.batch_size,
+    generator_steps=generator_steps,
+    student_steps=config.student.steps,
+    quirks=config.quirks,
+    mesh=mesh,
+  )
+
+
+def data_free_arm(config, game, teacher):
+  """(epoch program, initial state) of a distillation; the epoch is a function of the state."""
+  spec = datasets.describe(config.dataset.name)
+  epoch = algorithm.compile_epoch(game, config.schedule.iterations)
+  return lambda state: epoch(state, teacher), algorithm.initial_state(game, config.seed, spec.image_shape)
+
+
+def claim(workdir, config):
+  """Makes `workdir` this config's and returns the results if they are there already, else None.
+
+  Raises:
+    Refusal: the folder belongs to another config, or cannot be written.
+  """
+  path = workdir / "config.json"
+  try:
+    if path.exists():
+      changed = settings.differences(config, json.loads(path.read_text()))
+      if changed:
+        raise Refusal(
+          f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir or"
+          " delete it."
+        )
+    else:
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_whole(path, settings.dump(config))
+    done = workdir / "results.json"
+    return json.loads(done.read_text()) if done.exists() else None
+  except OSError as error:
+    raise Refusal(f"cannot use {workdir} as the working directory ({error.strerror}); choose another --workdir.") from error
+  except ValueError as error:
+    raise Refusal(f"{path} is not a config of this program ({error}); choose another --workdir.") from error
+
+
+def write_whole(path, text):
+  """Writes a file so that it is never seen half written."""
+  scratch = path.with_name(path.name + ".partial")
+  scratch.write_text(text)
+  os.replace(scratch, path)
+
+
+def hardware():
+  device = jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+    "cpu": cpu_model(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+  }
+
+
+def cpu_model():
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor() or platform.machine()
+  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,133 @@
+"""The one training loop: teachers, control arms and distillations all run through `train`."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from cpsc_jax.checkpoint import Keeper
+from cpsc_jax.errors import NonFiniteLoss
+from cpsc_jax.progress import Steps, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A training, laid out: what one epoch does, what is measured after it, how often things are kept.
+
+  Attributes:
+    title: names it in progress lines and messages.
+    epoch: state -> (state, terms); a compiled program that may consume its argument; terms are a tree of {name: array}
+      whose first axes are the steps of the epoch, in order.
+    measure: state -> {name: scalar} with at least "accuracy"; compiled, and run after every `measure_every` epochs.
+    variables: state -> what is kept of the best epoch.
+  """
+
+  title: str
+  epoch: Callable
+  measure: Callable
+  variables: Callable
+  epochs: int
+  measure_every: int
+  save_every: int
+  workdir: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Where a training ended: its last state, the variables of its best epoch, a record per epoch, seconds worked."""
+
+  state: Any
+  best_epoch: int
+  best_variables: Any
+  history: list[dict]
+  seconds: float
+
+
+def train(plan, state):
+  """Runs or resumes `plan` from `state` under plan.workdir/checkpoints and returns its Outcome.
+
+  The host reads an epoch's numbers only after the next epoch is under way. A checkpoint holds the state, the best
+  epoch's variables and the whole history, so that a run resumed from it goes on as if it had never stopped.
+
+  Raises:
+    NonFiniteLoss: names the term and the step; the last checkpoint before it is kept.
+  """
+  started = time.monotonic()
+  keeper = Keeper(plan.workdir / "checkpoints")
+  best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0), "variables": plan.variables(state)}
+  best = jax.tree.map(jnp.copy, best)
+  restored = keeper.restore({"state": state, "best": best})
+  history, seconds = [], 0.0
+  if restored:
+    tree, record = restored
+    state, best, history, seconds = tree["state"], tree["best"], record["history"], record["seconds"]
+    say(f"{plan.title}: resuming after epoch {len(history)} of {plan.epochs}")
+  writer = SummaryWriter(str(plan.workdir / "events"), purge_step=len(history) + 1)
+  worked = lambda: seconds + time.monotonic() - started
+  unread = None
+
+  with Steps(plan.title, plan.epochs, len(history)) as progress:
+
+    def read():
+      """Waits for the epoch under way and enters it into the history."""
+      epoch, terms, scores = unread
+      terms = jax.device_get(terms)
+      check_finite(plan, epoch, terms)
+      means = {name: float(np.mean(values)) for name, values in named(terms)}
+      entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
+      history.append(entry)
+      for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
+        writer.add_scalar(name, value, epoch)
+      progress.advance(" ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}")
+
+    for epoch in range(len(history) + 1, plan.epochs + 1):
+      state, terms = plan.epoch(state)
+      scores = None
+      if epoch % plan.measure_every == 0 or epoch == plan.epochs:
+        scores = plan.measure(state)
+        best = _better(best, scores["accuracy"], epoch, plan.variables(state))
+      if unread:
+        read()
+      unread = (epoch, terms, scores)
+      if epoch % plan.save_every == 0 or epoch == plan.epochs:
+        read()
+        unread = None
+        keeper.save(epoch, {"state": state, "best": best}, {"history": history, "seconds": worked()})
+  keeper.close()
+  writer.close()
+  return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
+
+
+def check_finite(plan, epoch, terms):
+  """Raises NonFiniteLoss naming the first step of the epoch, and the terms of it, that are not finite."""
+  bad = {name: np.flatnonzero(~np.isfinite(values).reshape(-1)) for name, values in named(terms)}
+  bad = {name: steps[0] for name, steps in bad.items() if steps.size}
+  if not bad:
+    return
+  first = min(bad.values())
+  names = [name for name, step in bad.items() if step == first and not name.endswith("total")]
+  raise NonFiniteLoss(
+    f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term {', '.join(names) or 'total'};"
+    f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'}; lower the learning rate or the term's weight."
+  )
+
+
+def named(terms):
+  """("player/term", values) pairs of a tree of terms."""
+  for path, values in jax.tree_util.tree_leaves_with_path(terms):
+    yield "/".join(str(key.key) for key in path), values
+
+
+def last_total(means):
+  return [name for name in means if name.endswith("total")][-1]
+
+
+@jax.jit
+def _better(best, accuracy, epoch, variables):
+  new = {"accuracy": accuracy, "epoch": jnp.int32(epoch), "variables": variables}
+  return jax.tree.map(lambda old, now: jnp.where(accuracy > best["accuracy"], now, old), best, new)

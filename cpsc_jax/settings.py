@@ -1,0 +1,100 @@
+"""From the config as given to the config that runs: the reference switch, and everything that can be refused at once."""
+
+import json
+
+import ml_collections
+
+from cpsc_jax import datasets, methods, nets
+from cpsc_jax.errors import Refusal
+from cpsc_jax.mesh import check_divisible
+
+ARMS = ("distill", "untrained_generator", "real_kd", "real_labels")
+PRECISIONS = ("float32", "bfloat16", "float16")
+CHOICES = {
+  "arm": ARMS,
+  "precision": PRECISIONS,
+  "loss.ikd_form": ("mse", "log"),
+  "generator.schedule": ("steps", "cosine"),
+  "method": tuple(methods.METHODS),
+}
+POSITIVE = (
+  "teacher.epochs",
+  "teacher.batch_size",
+  "student.steps",
+  "generator.steps",
+  "generator.latent_dim",
+  "generator.width",
+  "schedule.epochs",
+  "schedule.iterations",
+  "schedule.batch_size",
+  "evaluate.every",
+  "evaluate.batch_size",
+  "evaluate.samples_per_class",
+  "checkpoint.every",
+  "loss.temperature",
+)
+
+
+def as_published(config):
+  """Turns on every quirk, and the weights and learning rates of the published code, in place."""
+  for quirk in config.quirks:
+    config.quirks[quirk] = True
+  config.loss.generator.update({"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7})
+  config.loss.student.update({"kd": 1.0, "l2": 5.0, "ce": 0.7, "head": 0.0})
+  config.loss.temperature = 0.07
+  config.loss.ikd_form = "log" if config.dataset.name == "cifar10" else "mse"
+  config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999})
+  config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+
+
+def resolve(config, mesh):
+  """A frozen copy of `config` with `reference` and `half_precision` carried out, checked as far as possible offline.
+
+  Raises:
+    Refusal: names the key and the mend.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.reference:
+    as_published(config)
+  if config.quirks.half_precision:
+    config.precision = "float16"
+  flat = dict(_flatten(config))
+  for key, allowed in CHOICES.items():
+    if flat[key] not in allowed:
+      raise Refusal(f"config.{key} is '{flat[key]}'; it must be one of {', '.join(allowed)}.")
+  for key in POSITIVE:
+    if flat[key] <= 0:
+      raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
+  spec = datasets.describe(config.dataset.name)
+  nets.classifier(config.teacher.net, spec.num_classes)
+  nets.classifier(config.student.net, spec.num_classes)
+  nets.generator(config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width)
+  check_divisible(mesh, "config.schedule.batch_size", config.schedule.batch_size)
+  if not config.teacher.checkpoint:
+    check_divisible(mesh, "config.teacher.batch_size", config.teacher.batch_size)
+    if config.teacher.batch_size > spec.sizes["train"]:
+      raise Refusal(f"config.teacher.batch_size exceeds the {spec.sizes['train']} training images of '{config.dataset.name}'.")
+    if config.teacher.flip and not spec.photographs:
+      raise Refusal(f"config.teacher.flip must be False for '{config.dataset.name}': its classes do not survive a flip.")
+  return ml_collections.FrozenConfigDict(config)
+
+
+def dump(config):
+  """The config as indented JSON with sorted keys."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(config, saved):
+  """The dotted keys whose values differ between a config and a `dump` read back; the place of the data does not count."""
+  ours, theirs = dict(_flatten(json.loads(dump(config)))), dict(_flatten(saved))
+  return sorted(
+    k for k in ours.keys() | theirs.keys() if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, ...)
+  )
+
+
+def _flatten(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict | ml_collections.ConfigDict):
+      yield from _flatten(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
