@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,9 +33,9 @@ class Game:
   `quirks` is the config's section of that name: each switch is explained in configs/default.py.
   """
 
-  generator: nn.Module
-  teacher: nn.Module
-  student: nn.Module
+  generator: Any  # this and the next two: a flax.linen.Module
+  teacher: Any
+  student: Any
   method: Method
   generator_tx: optax.GradientTransformation
   student_tx: optax.GradientTransformation
@@ -131,19 +130,21 @@ def imagine(game, state, z, y):
 
 
 def student_update(game, teacher, student, x, y):
-  """One update of the student on constant images x (N, H, W, K) with labels y (N,): (TrainState, terms).
+  """One update of the student on constant images x (N, H, W, K) with labels y (N,): (TrainState, terms)."""
+  grads, aux = jax.grad(student_loss(game, teacher, student, x, y), has_aux=True)(student.params)
+  return student.updated(game.student_tx, grads, aux["student_stats"]), aux["terms"]
 
-  Raises nothing: a loss that is not finite shows in `terms`, which the loop reads.
-  """
+
+def student_loss(game, teacher, student, x, y):
+  """L_S as a function of the student's parameters, with aux; the teacher's outputs are constants of it."""
   t = game.teacher.apply(teacher, x, train=False)
 
   def loss(params):
     s, stats = nets.forward(game.student, {"params": params, "batch_stats": student.batch_stats}, x, train=True)
     value, terms = weigh(game.method.student_terms, View(y, t, s))
-    return value, (terms, stats)
+    return value, {"terms": terms, "teacher": t, "student": s, "student_stats": stats}
 
-  grads, (terms, stats) = jax.grad(loss, has_aux=True)(student.params)
-  return student.updated(game.student_tx, grads, stats), terms
+  return loss
 
 
 def weigh(terms, view):

@@ -54,6 +54,7 @@ def warmup_cosine(lr, warmup_steps, total_steps):
   warmup_steps = min(int(warmup_steps), max(total_steps - 1, 0))
 
   def schedule(count):
+    count = jnp.asarray(count, float)
     rise = (count + 1.0) / (warmup_steps + 1.0)
     fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((count - warmup_steps) / (total_steps - warmup_steps), 0, 1)))
     return lr * jnp.where(count < warmup_steps, rise, fall)

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests; everything runs on the CPU unless JAX is told otherwise."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+SHARED = pathlib.Path(os.environ.get("CPSC_JAX_SHARED", REPOSITORY.parent / "shared"))
+
+
+def shared(*parts):
+  """A path under the reference material, or a skip with the reason."""
+  path = SHARED.joinpath(*parts)
+  if not path.exists():
+    pytest.skip(f"reference material {'/'.join(parts)} is not here (set CPSC_JAX_SHARED to its folder)")
+  return path
+
+
+@pytest.fixture
+def golden():
+  """name -> {key: array} of one file of reference arrays."""
+
+  def load(name):
+    with np.load(shared("goldens", f"{name}.npz")) as arrays:
+      return {key: arrays[key] for key in arrays.files}
+
+  return load
+
+
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request):
+  """Runs a test twice, in both precisions."""
+  with jax.enable_x64(request.param == "float64"):
+    yield np.dtype(request.param)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+  """A data directory with the digits prepared."""
+  from cpsc_jax import datasets
+
+  directory = str(tmp_path_factory.mktemp("data"))
+  datasets.require("digits", directory)
+  return directory

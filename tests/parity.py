@@ -1,0 +1,52 @@
+"""Helpers of the parity tests: reading reference arrays, and the two measures of closeness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpsc_jax import nets
+
+
+def nhwc(x):
+  return np.moveaxis(x, 1, -1)
+
+
+def section(arrays, prefix):
+  """{rest of the key: array} of all keys that start with `prefix`."""
+  return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def shapes(net, *inputs):
+  """The shapes of a net's variables, as `convert` wants them."""
+  tree = jax.eval_shape(lambda key: net.init(key, *inputs, train=True), jax.random.key(0))
+  return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}
+
+
+def cast(tree, dtype):
+  return jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), tree)
+
+
+def relative(ours, theirs):
+  """Relative L2 distance."""
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+  return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30)
+
+
+def assert_close(ours, theirs, limit, what=""):
+  distance = relative(ours, theirs)
+  assert distance <= limit, f"{what}: relative L2 distance {distance:.3g} exceeds {limit:.3g}"
+
+
+def assert_trees_close(ours, theirs, limit, skip=()):
+  """Compares two trees of variables leaf by leaf; leaves whose path contains a word of `skip` are left out."""
+  ours, theirs = (dict(jax.tree_util.tree_leaves_with_path(t)) for t in (ours, theirs))
+  assert ours.keys() == theirs.keys()
+  for path, leaf in ours.items():
+    name = jax.tree_util.keystr(path)
+    if not any(word in name for word in skip):
+      assert_close(leaf, theirs[path], limit, name)
+
+
+def jitted_forward(net, train):
+  return jax.jit(lambda variables, *inputs: nets.forward(net, variables, *inputs, train=train))
