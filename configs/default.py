@@ -25,38 +25,38 @@ def get_config(variant=""):
   c.teacher = t = ml_collections.ConfigDict()
   t.checkpoint = ""  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
   t.net = "resnet34"  # a row of cpsc_jax.nets.NETS, or wrn_D_K; the rest of this section is for training one
-  t.epochs = 100
-  t.batch_size = 32
-  t.lr = 0.1
-  t.momentum = 0.9
-  t.weight_decay = 5e-4
-  t.warmup_epochs = 0
-  t.label_smoothing = 0.0
+  t.epochs = 100  # passes over the training split
+  t.batch_size = 32  # over all devices together; what is left of an epoch is dropped
+  t.lr = 0.1  # of SGD, at its highest; cosine to 0
+  t.momentum = 0.9  # of SGD
+  t.weight_decay = 5e-4  # on every parameter
+  t.warmup_epochs = 0  # of linear warm-up
+  t.label_smoothing = 0.0  # share of the uniform distribution in the targets
   t.crop_pad = 4  # random crops after padding by so many black pixels; 0: none
   t.flip = True  # random horizontal flips; refused for data sets whose classes do not survive them
 
   c.student = s = ml_collections.ConfigDict()
-  s.net = "resnet18"
+  s.net = "resnet18"  # as teacher.net; where feature widths differ it is given a feature head
   s.steps = 5  # student updates per iteration
-  s.lr = 0.1
-  s.momentum = 0.9
-  s.weight_decay = 5e-4
-  s.warmup_epochs = 10  # linear, then cosine to 0
+  s.lr = 0.1  # of SGD, at its highest
+  s.momentum = 0.9  # of SGD
+  s.weight_decay = 5e-4  # on every parameter
+  s.warmup_epochs = 10  # of linear warm-up, then cosine to 0 at the last step
 
   c.generator = g = ml_collections.ConfigDict()
   g.net = "cifar"  # "cifar" (image size divisible by 4) or "dcgan" (by 16)
-  g.latent_dim = 256
+  g.latent_dim = 256  # nz, the width of the noise
   g.width = 64  # channels of the narrowest layer
   g.steps = 6  # generator updates per iteration
-  g.lr = 1e-3
-  g.b1 = 0.5  # of Adam
-  g.b2 = 0.999
+  g.lr = 1e-3  # of Adam
+  g.b1 = 0.5  # decay of Adam's first moment
+  g.b2 = 0.999  # decay of its second
   g.schedule = "steps"  # "steps": lr * decay at each milestone; "cosine": to 0 at the end
-  g.milestones = (50, 150)  # epochs
-  g.decay = 0.1
+  g.milestones = (50, 150)  # epochs at which the learning rate falls
+  g.decay = 0.1  # what it is multiplied by
 
   c.schedule = e = ml_collections.ConfigDict()
-  e.epochs = 600
+  e.epochs = 600  # of the distillation, and of a control arm's student
   e.iterations = 50  # per epoch
   e.batch_size = 512  # of both players, over all devices together
 
@@ -90,7 +90,7 @@ def get_config(variant=""):
 
   c.evaluate = v = ml_collections.ConfigDict()
   v.every = 1  # epochs between evaluations; the last epoch is always evaluated
-  v.batch_size = 500
+  v.batch_size = 500  # images at a time; any number, every image is counted once
   v.samples_per_class = 100  # fresh samples for label fidelity
 
   c.checkpoint = k = ml_collections.ConfigDict()

@@ -168,7 +168,7 @@ def build_game(config, mesh, teacher_net, card):
     generator=generator,
     teacher=nets.classifier(card["net"], card["num_classes"], dtype),
     student=student,
-    method=methods.method(config, has_head),
+    method=methods.method(config, train_head=has_head and not config.quirks.untrained_head),
     generator_tx=optim.generator_optimiser(config, steps * config.generator.steps),
     student_tx=optim.student_optimiser(config, steps * config.student.steps),
     latent_dim=config.generator.latent_dim,

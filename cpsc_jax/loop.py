@@ -71,35 +71,37 @@ def train(plan, state):
   worked = lambda: seconds + time.monotonic() - started
   unread = None
 
-  with Steps(plan.title, plan.epochs, len(history)) as progress:
+  try:
+    with Steps(plan.title, plan.epochs, len(history)) as progress:
 
-    def read():
-      """Waits for the epoch under way and enters it into the history."""
-      epoch, terms, scores = unread
-      terms = jax.device_get(terms)
-      check_finite(plan, epoch, terms)
-      means = {name: float(np.mean(values)) for name, values in named(terms)}
-      entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
-      history.append(entry)
-      for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
-        writer.add_scalar(name, value, epoch)
-      progress.advance(" ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}")
+      def read():
+        """Waits for the epoch under way and enters it into the history."""
+        epoch, terms, scores = unread
+        terms = jax.device_get(terms)
+        check_finite(plan, epoch, terms)
+        means = {name: float(np.mean(values)) for name, values in named(terms)}
+        entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
+        history.append(entry)
+        for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
+          writer.add_scalar(name, value, epoch)
+        progress.advance(" ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}")
 
-    for epoch in range(len(history) + 1, plan.epochs + 1):
-      state, terms = plan.epoch(state)
-      scores = None
-      if epoch % plan.measure_every == 0 or epoch == plan.epochs:
-        scores = plan.measure(state)
-        best = _better(best, scores["accuracy"], epoch, plan.variables(state))
-      if unread:
-        read()
-      unread = (epoch, terms, scores)
-      if epoch % plan.save_every == 0 or epoch == plan.epochs:
-        read()
-        unread = None
-        keeper.save(epoch, {"state": state, "best": best}, {"history": history, "seconds": worked()})
-  keeper.close()
-  writer.close()
+      for epoch in range(len(history) + 1, plan.epochs + 1):
+        state, terms = plan.epoch(state)
+        scores = None
+        if epoch % plan.measure_every == 0 or epoch == plan.epochs:
+          scores = plan.measure(state)
+          best = _better(best, scores["accuracy"], epoch, plan.variables(state))
+        if unread:
+          read()
+        unread = (epoch, terms, scores)
+        if epoch % plan.save_every == 0 or epoch == plan.epochs:
+          read()
+          unread = None
+          keeper.save(epoch, {"state": state, "best": best}, {"history": list(history), "seconds": worked()})
+  finally:
+    keeper.close()  # what was started is finished, whatever ended the loop
+    writer.close()
   return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
 
 

@@ -45,3 +45,12 @@ def digits_dir(tmp_path_factory):
   directory = str(tmp_path_factory.mktemp("data"))
   datasets.require("digits", directory)
   return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+  """Programs compiled once serve all tests, child processes included."""
+  folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

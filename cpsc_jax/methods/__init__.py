@@ -6,8 +6,8 @@ from cpsc_jax.methods import cpsc
 METHODS = {"cpsc": cpsc.method}
 
 
-def method(config, has_head=False):
-  """The terms of `config.method`; `has_head`: the student has a feature head. A Refusal if the name is unknown."""
+def method(config, train_head=False):
+  """The terms of `config.method`; `train_head`: the student has a feature head that is to learn. A Refusal if the name is unknown."""
   if config.method not in METHODS:
     raise Refusal(f"no method '{config.method}'; choose one of {', '.join(METHODS)}.")
-  return METHODS[config.method](config, has_head)
+  return METHODS[config.method](config, train_head)

@@ -7,7 +7,7 @@ from cpsc_jax import losses
 from cpsc_jax.algorithm import Method
 
 
-def method(config, has_head=False):
+def method(config, train_head=False):
   g, s, form = config.loss.generator, config.loss.student, config.loss.ikd_form
   double = config.quirks.double_softmax
   contrast = lambda student, v: losses.supervised_contrast(
@@ -24,6 +24,6 @@ def method(config, has_head=False):
     "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits)),
     "l2": (s.l2, lambda v: losses.ikd_student(v.teacher.logits, v.student.logits, form)),
     "ce": (s.ce, lambda v: losses.cross_entropy(v.student.logits, v.labels, double)),
-    "head": (s.head if has_head else 0.0, lambda v: contrast(v.student.head_features, v)),
+    "head": (s.head if train_head else 0.0, lambda v: contrast(v.student.head_features, v)),
   }
   return Method(generator_terms, student_terms)

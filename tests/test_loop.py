@@ -1,0 +1,102 @@
+"""The loop on a training that takes no time: histories, best epochs, resuming, losses that are not finite."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cpsc_jax.checkpoint import Keeper
+from cpsc_jax.errors import NonFiniteLoss
+from cpsc_jax.loop import Plan, train
+
+ACCURACY = jnp.array([0.1, 0.5, 0.9, 0.7, 0.9, 0.3, 0.2])
+
+
+def plan(workdir, epochs=6, bad=None, every=2, measure_every=1):
+  @jax.jit
+  def epoch(state):
+    count = state["count"] + 1
+    loss = jnp.arange(3.0) + count
+    if bad:
+      loss = jnp.where((count == bad) & (jnp.arange(3) >= 1), jnp.nan, loss)
+    return {"count": count, "x": state["x"] * 1.5}, {"generator": {"ce": loss, "bn": jnp.ones(3), "total": loss}}
+
+  measure = jax.jit(lambda state: {"accuracy": ACCURACY[state["count"] - 1]})
+  return Plan("test", epoch, measure, lambda state: state["x"], epochs, measure_every, every, workdir)
+
+
+START = {"count": jnp.int32(0), "x": jnp.ones(2)}
+
+
+def test_history_and_best_epoch(tmp_path):
+  outcome = train(plan(tmp_path), START)
+  assert [entry["epoch"] for entry in outcome.history] == [1, 2, 3, 4, 5, 6]
+  assert outcome.history[1]["terms"]["generator/ce"] == pytest.approx(3.0)
+  assert outcome.best_epoch == 3, "the first of equals"
+  np.testing.assert_allclose(outcome.best_variables, 1.5**3)
+  np.testing.assert_allclose(outcome.state["x"], 1.5**6)
+
+
+def test_measuring_now_and_then_always_covers_the_last_epoch(tmp_path):
+  outcome = train(plan(tmp_path, epochs=5, measure_every=3), START)
+  assert [e["epoch"] for e in outcome.history if "accuracy" in e] == [3, 5]
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
+  whole = train(plan(tmp_path / "whole"), START)
+  train(plan(tmp_path / "parts", epochs=4), START)
+  resumed = train(plan(tmp_path / "parts"), START)
+  assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
+  np.testing.assert_array_equal(resumed.state["x"], whole.state["x"])
+  again = train(plan(tmp_path / "parts"), START)
+  assert again.history == whole.history, "a finished training is only read"
+
+
+def test_non_finite_loss_names_the_term_and_keeps_the_last_good_checkpoint(tmp_path):
+  with pytest.raises(NonFiniteLoss, match=r"epoch 4, step 2: term generator/ce;"):
+    train(plan(tmp_path, bad=4), START)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+  tree, record = Keeper(tmp_path / "checkpoints").restore({"state": START, "best": best_like()})
+  assert len(record["history"]) == 2 and int(tree["state"]["count"]) == 2
+
+
+def best_like():
+  return {"accuracy": jnp.float32(0), "epoch": jnp.int32(0), "variables": jnp.ones(2)}
+
+
+def test_event_files_are_readable(tmp_path):
+  accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+  train(plan(tmp_path), START)
+  events = accumulator.EventAccumulator(str(tmp_path / "events"))
+  events.Reload()
+  assert {"accuracy", "generator/ce", "generator/total"} <= set(events.Tags()["scalars"])
+  assert [e.step for e in events.Scalars("accuracy")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog):
+  train(plan(tmp_path, epochs=4), START)
+  folder = tmp_path / "checkpoints" / "4" / "tree"
+  for path in folder.rglob("d/*"):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+  resumed = train(plan(tmp_path), START)
+  whole = train(plan(tmp_path / "whole"), START)
+  assert resumed.history == whole.history
+  np.testing.assert_array_equal(resumed.state["x"], whole.state["x"])
+  assert "checkpoint 4" in caplog.text and "damaged" in caplog.text
+
+
+def test_wrong_digest_is_damage(tmp_path, caplog):
+  keeper = Keeper(tmp_path)
+  for step in (1, 2):
+    keeper.save(step, {"x": jnp.full(3, float(step))}, {"step": step})
+  keeper.close()
+  record = next((tmp_path / "2" / "record").rglob("*metadata*"), None) or next((tmp_path / "2" / "record").iterdir())
+  content = json.loads(record.read_text())
+  content["digest"] = "0" * 64
+  record.write_text(json.dumps(content))
+  tree, found = Keeper(tmp_path).restore({"x": jnp.zeros(3)})
+  assert found["step"] == 1 and np.all(np.asarray(tree["x"]) == 1) and "digest" in caplog.text
