@@ -1,6 +1,7 @@
 """Every key of a run, with its meaning. The other configs override about ten of them.
 
-Keys are locked: an unknown one on the command line is refused. `--config configs/NAME.py:smoke` is the same run cut down
+Keys are locked: an unknown one on the command line is refused. `--config configs/NAME.py:smoke` is the same run cut
+down
 to seconds. Accuracies quoted in configs are fractions of the whole test split at the last epoch unless they say "best".
 """
 
@@ -23,7 +24,9 @@ def get_config(variant=""):
   d.data_dir = ""  # where prepared data live; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
 
   c.teacher = t = ml_collections.ConfigDict()
-  t.checkpoint = ""  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
+  t.checkpoint = (
+    ""  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
+  )
   t.net = "resnet34"  # a row of cpsc_jax.nets.NETS, or wrn_D_K; the rest of this section is for training one
   t.epochs = 100  # passes over the training split
   t.batch_size = 32  # over all devices together; what is left of an epoch is dropped
@@ -60,20 +63,20 @@ def get_config(variant=""):
   e.iterations = 50  # per epoch
   e.batch_size = 512  # of both players, over all devices together
 
-  c.loss = l = ml_collections.ConfigDict()
-  l.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
-  l.temperature = 0.07  # of the supervised contrast
-  l.generator = ml_collections.ConfigDict()
-  l.generator.adversarial = 1.0  # -KL(teacher || student)
-  l.generator.ikd = 5.0  # alpha: inverse distillation, logits far apart
-  l.generator.bn = 1.0  # beta: the teacher's batch norm statistics
-  l.generator.scl = 0.7  # gamma: supervised contrast across teacher and student views
-  l.generator.ce = 0.7  # eta: the teacher's prediction against the class asked for
-  l.student = ml_collections.ConfigDict()
-  l.student.kd = 1.0  # KL(teacher || student)
-  l.student.l2 = 5.0  # alpha: logit regression
-  l.student.ce = 0.7  # eta: the student's prediction against the class asked for
-  l.student.head = 1.0  # trains the feature head alone (contrast on detached features); without a head there is none
+  c.loss = w = ml_collections.ConfigDict()
+  w.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
+  w.temperature = 0.07  # of the supervised contrast
+  w.generator = ml_collections.ConfigDict()
+  w.generator.adversarial = 1.0  # -KL(teacher || student)
+  w.generator.ikd = 5.0  # alpha: inverse distillation, logits far apart
+  w.generator.bn = 1.0  # beta: the teacher's batch norm statistics
+  w.generator.scl = 0.7  # gamma: supervised contrast across teacher and student views
+  w.generator.ce = 0.7  # eta: the teacher's prediction against the class asked for
+  w.student = ml_collections.ConfigDict()
+  w.student.kd = 1.0  # KL(teacher || student)
+  w.student.l2 = 5.0  # alpha: logit regression
+  w.student.ce = 0.7  # eta: the student's prediction against the class asked for
+  w.student.head = 1.0  # trains the feature head alone (contrast on detached features); without a head there is none
 
   # The published code's behaviours that a reader of the paper would not expect; README.md has the table.
   c.quirks = q = ml_collections.ConfigDict()

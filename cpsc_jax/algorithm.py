@@ -1,6 +1,7 @@
 """The game: a generator looks for samples that the student gets wrong, the student learns from them.
 
-`alternate` is the paper's algorithm; `generator_step` and `student_step` are its two lines; `compile_epoch` is the one jit.
+`alternate` is the paper's algorithm; `generator_step` and `student_step` are its two lines; `compile_epoch` is the
+one jit.
 """
 
 import dataclasses

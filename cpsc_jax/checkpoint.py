@@ -1,7 +1,7 @@
 """Saving, verifying and restoring, through Orbax.
 
-`Keeper` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has to
-know to use it. Every array tree is saved with a digest of its own, because damaged bytes can restore silently.
+`Keeper` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has
+to know to use it. Every array tree is saved with a digest of its own, because damaged bytes can restore silently.
 """
 
 import hashlib
@@ -52,7 +52,8 @@ class Keeper:
   def restore(self, like):
     """The newest intact (tree, record), or None; `like` gives structure, types and shardings.
 
-    A checkpoint that cannot be read or whose digest differs is named in the log, deleted, and the one before it is used.
+    A checkpoint that cannot be read or whose digest differs is named in the log, deleted, and the one before it is
+    used.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -65,7 +66,9 @@ class Keeper:
         reason = "its digest differs"
       except Exception as error:  # Orbax raises assorted types for damaged files
         reason = _first_line(error)
-      logging.getLogger("cpsc_jax").warning("checkpoint %s of %s is damaged (%s)", step, self._manager.directory, reason)
+      logging.getLogger("cpsc_jax").warning(
+        "checkpoint %s of %s is damaged (%s)", step, self._manager.directory, reason
+      )
       self._manager.delete(step)
     return None
 
@@ -123,9 +126,13 @@ def load_net(directory, like):
     with ocp.StandardCheckpointer() as reader:
       variables = reader.restore(directory / "variables", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
   except Exception as error:  # Orbax raises assorted types for damaged files
-    raise Refusal(f"the net saved in {directory} cannot be read ({_first_line(error)}); restore or make it again.") from error
+    raise Refusal(
+      f"the net saved in {directory} cannot be read ({_first_line(error)}); restore or make it again."
+    ) from error
   if digest(variables) != card["digest"]:
-    raise Refusal(f"the net saved in {directory} is damaged: its bytes do not match its digest; restore or make it again.")
+    raise Refusal(
+      f"the net saved in {directory} is damaged: its bytes do not match its digest; restore or make it again."
+    )
   return variables, card
 
 

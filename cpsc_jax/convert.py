@@ -1,7 +1,7 @@
 """PyTorch state dicts of the data-free distillation zoo into this package's variables.
 
-The mapping is driven by the network's own tree: each leaf names the one PyTorch key that fills it, every key must be used
-and every shape must fit.
+The mapping is driven by the network's own tree: each leaf names the one PyTorch key that fills it, every key must be
+used and every shape must fit.
 """
 
 import re
@@ -42,7 +42,8 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 def classifier_from_torch(state_dict, like):
   """Variables of a zoo classifier (or one under a feature head) from a PyTorch state dict of NumPy arrays.
 
-  `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen keys.
+  `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen
+  keys.
   """
   return _fill(state_dict, like, CLASSIFIER_MODULES, {})
 

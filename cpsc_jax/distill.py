@@ -24,8 +24,8 @@ PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "t
 def run(config, workdir, started=None):
   """Carries out `config` in `workdir` and returns its results, also written there as results.json and pictures.
 
-  `started` is the time.monotonic() at which the whole run began. A finished workdir is left alone; an interrupted one is
-  resumed.
+  `started` is the time.monotonic() at which the whole run began. A finished workdir is left alone; an interrupted one
+  is resumed.
 
   Raises:
     Refusal: bad config, missing data, a teacher that does not fit, or a workdir that belongs to another config.
@@ -97,7 +97,9 @@ def run(config, workdir, started=None):
   generator = None
   if data_free:
     images, fidelity = jax.device_get(sampler(outcome.state.generator.variables, teacher, sample_key))
-    np.savez(workdir / "samples.npz", images=datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"]))
+    np.savez(
+      workdir / "samples.npz", images=datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"])
+    )
     variables = outcome.state.generator.variables
     checkpoint.save_net(workdir / "generator", variables, {**shape, "net": config.generator.net})
     generator = {
@@ -209,7 +211,9 @@ def claim(workdir, config):
     done = workdir / "results.json"
     return json.loads(done.read_text()) if done.exists() else None
   except OSError as error:
-    raise Refusal(f"cannot use {workdir} as the working directory ({error.strerror}); choose another --workdir.") from error
+    raise Refusal(
+      f"cannot use {workdir} as the working directory ({error.strerror}); choose another --workdir."
+    ) from error
   except ValueError as error:
     raise Refusal(f"{path} is not a config of this program ({error}); choose another --workdir.") from error
 

@@ -10,7 +10,8 @@ from cpsc_jax.mesh import replicated, split_batch
 def compile_classifier(net, mean, std, batch_size, mesh):
   """(variables, images (N, H, W, K) uint8) -> predicted labels (N,) int32, for every image exactly once.
 
-  Images pass through the net `batch_size` at a time, split over the devices; what fills the last batch is cut off again.
+  Images pass through the net `batch_size` at a time, split over the devices; what fills the last batch is cut off
+  again.
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
 
@@ -38,8 +39,10 @@ def share_equal(a, b):
 def compile_sampler(game, per_class):
   """(generator variables, teacher variables, key) -> (images, fidelity).
 
-  Draws `per_class` fresh samples of every class with the generator in evaluation mode. images are (C, per_class, H, W, K)
-  in normalised space; fidelity (C,) is the share of each class's samples to which the teacher gives the class asked for.
+  Draws `per_class` fresh samples of every class with the generator in evaluation mode. images are (C, per_class, H,
+  W, K)
+  in normalised space; fidelity (C,) is the share of each class's samples to which the teacher gives the class asked
+  for.
   """
 
   def sample(generator, teacher, key):

@@ -84,7 +84,9 @@ def train(plan, state):
         history.append(entry)
         for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
           writer.add_scalar(name, value, epoch)
-        progress.advance(" ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}")
+        progress.advance(
+          " ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}"
+        )
 
       for epoch in range(len(history) + 1, plan.epochs + 1):
         state, terms = plan.epoch(state)
@@ -115,7 +117,7 @@ def check_finite(plan, epoch, terms):
   names = [name for name, step in bad.items() if step == first and not name.endswith("total")]
   raise NonFiniteLoss(
     f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term {', '.join(names) or 'total'};"
-    f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'}; lower the learning rate or the term's weight."
+    f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'}; lower the learning rate or the weight."
   )
 
 

@@ -43,21 +43,49 @@ def parse(argv):
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "where everything goes (default: runs/<config name>)", flag_values=values)
   config_flags.DEFINE_config_file(
-    "config", None, "the config file; configs/NAME.py:smoke is its run of seconds", lock_config=True, flag_values=values
+    "config",
+    None,
+    "the config file; configs/NAME.py:smoke is its run of seconds",
+    lock_config=True,
+    flag_values=values,
+    sys_argv=argv,
   )
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+  file = config_file(argv)
+  if file and not file.is_file():
+    raise Refusal(f"no config file '{file}'; the ready ones are in configs/, such as configs/digits.py.")
   try:
     rest = values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-    raise Refusal(" ".join(str(error).split())) from error
+    config = values.config
+  except flags.UnrecognizedFlagError as error:
+    raise Refusal(f"no flag --{error.flagname}; there are --config, --workdir and --config.KEY=VALUE.") from error
+  except (AttributeError, KeyError) as error:
+    key = str(error).strip("\"'")
+    raise Refusal(f"the config has no key '{key}'; configs/default.py explains every key.") from error
+  except Exception as error:  # a config file may raise anything
+    raise Refusal(f"{file}: {last_line(error)}" if "Traceback" in str(error) else last_line(error)) from error
   if values.help:
     print(f"{__doc__}\n{values.main_module_help()}")
     raise SystemExit(0)
   if rest[1:]:
     raise Refusal(f"'{rest[1]}' is not a flag; flags look like --config.student.lr=0.05.")
-  if values.config is None:
+  if config is None:
     raise Refusal("no --config given; try --config configs/digits.py.")
-  return values.config, pathlib.Path(values.workdir or pathlib.Path("runs") / values.config.name)
+  return config, pathlib.Path(values.workdir or pathlib.Path("runs") / config.name)
+
+
+def config_file(argv):
+  """The path given by --config FILE or --config=FILE, without a :variant, or None."""
+  for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, equals, value = flag.partition("=")
+    if name in ("--config", "-config"):
+      return pathlib.Path((value if equals else following).split(":")[0])
+  return None
+
+
+def last_line(error):
+  """The last line of an error's text, which in a quoted traceback is the error itself."""
+  return " ".join(([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1].split())
 
 
 if __name__ == "__main__":

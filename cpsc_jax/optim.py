@@ -7,7 +7,7 @@ import optax
 
 
 def generator_optimiser(config, steps_per_epoch):
-  """Adam with the config's schedule; under `fresh_adam` the schedule never acts, as each step's Adam is at its first."""
+  """Adam with the config's schedule; under `fresh_adam` it never acts, as each step's Adam is at its first."""
   c, epochs = config.generator, config.schedule.epochs
   if config.quirks.fresh_adam:
     lr = c.lr
@@ -44,9 +44,7 @@ def supervised_optimiser(c, steps_per_epoch, published=False):
 
 def sgd(lr, momentum, weight_decay):
   """PyTorch's SGD: d = g + wd * p; b = momentum * b + d; p = p - lr * b."""
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale_by_learning_rate(lr)
-  )
+  return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale_by_learning_rate(lr))
 
 
 def warmup_cosine(lr, warmup_steps, total_steps):

@@ -43,7 +43,8 @@ def draw_samples(path, images, results):
       axis.set(xticks=[], yticks=[])
     axes[c, 0].set_ylabel(f"{c}  {fidelity[c]:.2f}", rotation=0, ha="right", va="center", fontsize=11)
   figure.suptitle(
-    f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples per class, with label fidelity", fontsize=12
+    f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples per class, with label fidelity",
+    fontsize=12,
   )
   figure.savefig(path, dpi=80)
   plt.close(figure)
@@ -65,7 +66,9 @@ def draw_curves(path, history, results):
   teacher = results["teacher"]["accuracy"]
   axes[0].axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.4f}")
   last, best = results["student"]["last"], results["student"]["best"]
-  axes[0].set(title=f"student: last {last['accuracy']:.4f}, best {best['accuracy']:.4f} (epoch {best['epoch']})", ylim=(0, 1.02))
+  axes[0].set(
+    title=f"student: last {last['accuracy']:.4f}, best {best['accuracy']:.4f} (epoch {best['epoch']})", ylim=(0, 1.02)
+  )
   for axis, player in zip(axes[1:], players, strict=True):
     for name in terms:
       if name.startswith(player + "/"):
@@ -84,13 +87,21 @@ def print_table(results):
   """The short table that ends a run."""
   teacher, student, generator = results["teacher"], results["student"], results["generator"]
   table = Table(title=f"{results['name']}: {results['arm']}, seed {results['seed']}", title_justify="left")
-  for column, justify in (("", "left"), ("net", "left"), ("parameters", "right"), ("accuracy", "right"), ("agreement", "right")):
+  for column, justify in (
+    ("", "left"),
+    ("net", "left"),
+    ("parameters", "right"),
+    ("accuracy", "right"),
+    ("agreement", "right"),
+  ):
     table.add_column(column, justify=justify)
   table.add_row("teacher", teacher["net"], f"{teacher['parameters']:,}", f"{teacher['accuracy']:.4f}", "")
   for which in ("last", "best"):
     row = student[which]
     label = f"student, {which} epoch ({row['epoch']})" + ("  <- headline" if which == results["headline"] else "")
-    table.add_row(label, student["net"], f"{student['parameters']:,}", f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}")
+    table.add_row(
+      label, student["net"], f"{student['parameters']:,}", f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}"
+    )
   if generator:
     fidelity = f"label fidelity {generator['label_fidelity']:.3f}"
     table.add_row("generator", generator["net"], f"{generator['parameters']:,}", fidelity, "")

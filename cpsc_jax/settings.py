@@ -1,4 +1,4 @@
-"""From the config as given to the config that runs: the reference switch, and everything that can be refused at once."""
+"""From the config as given to the config that runs: the reference switch, and what can be refused at once."""
 
 import json
 
@@ -73,9 +73,13 @@ def resolve(config, mesh):
   if not config.teacher.checkpoint:
     check_divisible(mesh, "config.teacher.batch_size", config.teacher.batch_size)
     if config.teacher.batch_size > spec.sizes["train"]:
-      raise Refusal(f"config.teacher.batch_size exceeds the {spec.sizes['train']} training images of '{config.dataset.name}'.")
+      raise Refusal(
+        f"config.teacher.batch_size exceeds the {spec.sizes['train']} training images of '{config.dataset.name}'."
+      )
     if config.teacher.flip and not spec.photographs:
-      raise Refusal(f"config.teacher.flip must be False for '{config.dataset.name}': its classes do not survive a flip.")
+      raise Refusal(
+        f"config.teacher.flip must be False for '{config.dataset.name}': its classes do not survive a flip."
+      )
   return ml_collections.FrozenConfigDict(config)
 
 
@@ -85,7 +89,7 @@ def dump(config):
 
 
 def differences(config, saved):
-  """The dotted keys whose values differ between a config and a `dump` read back; the place of the data does not count."""
+  """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count."""
   ours, theirs = dict(_flatten(json.loads(dump(config)))), dict(_flatten(saved))
   return sorted(
     k for k in ours.keys() | theirs.keys() if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, ...)

@@ -87,8 +87,8 @@ class View:
   Attributes:
     labels: (N,) int32, the classes asked of the generator (or real labels).
     teacher, student: their `Output` on the batch.
-    moments: per batch norm layer of the teacher, the batch mean and biased variance of its input; empty unless asked for.
-    running: the teacher's running mean and variance of the same layers, same keys.
+    moments: per batch norm layer of the teacher, the batch mean and biased variance of its input; empty unless asked
+    for. running: the teacher's running mean and variance of the same layers, same keys.
   """
 
   labels: jax.Array

@@ -80,7 +80,9 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
   variables = nets.init(net, key_init, jnp.zeros((2, *spec.image_shape)))
   state = SupervisedState(step_counter(), key_run, algorithm.train_state(variables, tx))
   prepare = lambda key, images: datasets.normalise(augment(key, images, c.crop_pad, c.flip), spec.mean, spec.std)
-  epoch = compile_epoch_on_data({"teacher": label_update(net, tx, c.label_smoothing)}, prepare, c.batch_size, steps, mesh)
+  epoch = compile_epoch_on_data(
+    {"teacher": label_update(net, tx, c.label_smoothing)}, prepare, c.batch_size, steps, mesh
+  )
   classify = evaluate.compile_classifier(net, spec.mean, spec.std, config.evaluate.batch_size, mesh)
   plan = Plan(
     title="teacher",
@@ -96,7 +98,7 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
 
 
 def real_arm(config, game, teacher_variables, card):
-  """(epoch program, initial state) of a student trained on real data with the optimiser and step count of a distillation.
+  """(epoch program, initial state) of a student trained on real data, with a distillation's optimiser and steps.
 
   The arm "real_kd" keeps the student's terms, teacher and all, on real images and labels; "real_labels" has only
   their cross-entropy. The epoch is a function of the state; the state is a SupervisedState.
@@ -133,7 +135,7 @@ def label_update(net, tx, label_smoothing=0.0):
 
 
 def compile_epoch_on_data(update, prepare, batch_size, steps, mesh):
-  """(state, images, labels) -> (state, terms): `steps` updates on shuffled batches of device-resident data, one program.
+  """(state, images, labels) -> (state, terms): `steps` updates on shuffled batches of resident data, one program.
 
   `update` is {player: (TrainState, x, y) -> (TrainState, terms)} with one entry; `prepare` is (key, uint8 images) -> x.
   The order runs through whole permutations of the data, as many as the steps take.

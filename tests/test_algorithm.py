@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from cpsc_jax.configs import default
 from parity import assert_close, assert_trees_close
 
 from cpsc_jax import algorithm, distill, nets, settings
-from cpsc_jax.configs import default
 from cpsc_jax.mesh import make_mesh, replicated
 
 SHAPE = (8, 8, 3)
@@ -57,9 +57,11 @@ def test_alternate_is_the_papers_order():
       return dataclasses.replace(self, step=self.step + 1)
 
   jax.tree_util.register_dataclass(Trace, ["key", "step", "calls"], [])
-  mark = lambda who: lambda s, key: (
-    dataclasses.replace(s, calls=jnp.append(s.calls[1:], who)),
-    jax.random.key_data(key)[-1],
+  mark = lambda who: (
+    lambda s, key: (
+      dataclasses.replace(s, calls=jnp.append(s.calls[1:], who)),
+      jax.random.key_data(key)[-1],
+    )
   )
   iteration = algorithm.alternate(mark(1), mark(2), 2, 3)
   state = Trace(jax.random.key(0), jnp.int32(0), jnp.zeros(5, int))
@@ -220,11 +222,11 @@ def test_generator_gradient_flows_through_teacher_and_student():
 
 
 def test_iteration_equals_pytorch():
-  """One generator step and one student step against autograd over the PyTorch twins: both totals and their gradients."""
+  """One generator step and one student step against autograd over PyTorch twins: both totals, all gradients."""
   torch = pytest.importorskip("torch")
   import torch_zoo as zoo
   from parity import shapes
-  from torch.nn import functional as F  # noqa: N812
+  from torch.nn import functional as F
 
   from cpsc_jax import convert
 
@@ -246,7 +248,9 @@ def test_iteration_equals_pytorch():
     ours = {k: double(v) for k, v in ours.items()}
     state = algorithm.initial_state(game, 0, SHAPE)
     fill = lambda s, v: s.replace(params=v["params"], batch_stats=v["batch_stats"])
-    state = state.replace(generator=fill(state.generator, ours["generator"]), student=fill(state.student, ours["student"]))
+    state = state.replace(
+      generator=fill(state.generator, ours["generator"]), student=fill(state.student, ours["student"])
+    )
     z, y = torch.randn(12, 6).double(), torch.randint(0, 10, (12,))
 
     twins["student"].eval()  # the default: the student is in evaluation mode in generator steps
@@ -263,7 +267,8 @@ def test_iteration_equals_pytorch():
       hook.remove()
     kl = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
     bn = sum(
-      (v.mean((0, 2, 3)) - m.running_mean).norm() + (v.var((0, 2, 3), unbiased=False) - m.running_var).norm() for m, v in seen
+      (v.mean((0, 2, 3)) - m.running_mean).norm() + (v.var((0, 2, 3), unbiased=False) - m.running_var).norm()
+      for m, v in seen
     )
     rows, twice = torch.cat([fs, ft]), torch.cat([y, y])
     similarity = (rows @ rows.T / 0.07).masked_fill(torch.eye(24, dtype=torch.bool), float("-inf"))
@@ -286,7 +291,8 @@ def test_iteration_equals_pytorch():
     assert float(value) == pytest.approx(total.item(), rel=1e-9)
     gradients = lambda module: {k: p.grad.numpy().copy() for k, p in module.named_parameters()}
     theirs = convert.generator_from_torch(
-      {**zoo.arrays(twins["generator"]), **gradients(twins["generator"])}, shapes(game.generator, jnp.zeros((12, 6)), labels)
+      {**zoo.arrays(twins["generator"]), **gradients(twins["generator"])},
+      shapes(game.generator, jnp.zeros((12, 6)), labels),
     )
     assert_trees_close(grads["params"], theirs["params"], 1e-7, skip=("['conv1']['bias']", "['conv2']['bias']"))
 
@@ -301,7 +307,9 @@ def test_iteration_equals_pytorch():
     loss = algorithm.student_loss(game, ours["teacher"], state.student, images, labels)
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.student.params)
     assert float(value) == pytest.approx(total.item(), rel=1e-9)
-    theirs = convert.classifier_from_torch({**zoo.arrays(twins["student"]), **gradients(twins["student"])}, shapes(game.student, image))
+    theirs = convert.classifier_from_torch(
+      {**zoo.arrays(twins["student"]), **gradients(twins["student"])}, shapes(game.student, image)
+    )
     assert_trees_close(grads, theirs["params"], 1e-7)
     optimiser = torch.optim.SGD(twins["student"].parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     before = state.student.params

@@ -37,7 +37,13 @@ def test_cifar100_is_the_published_schedule():
   assert (c.generator.steps, c.student.steps) == (6, 5)
   assert (c.generator.latent_dim, c.generator.lr, c.generator.b1, c.generator.b2) == (256, 1e-3, 0.5, 0.999)
   assert (c.student.lr, c.student.momentum, c.student.weight_decay, c.student.warmup_epochs) == (0.1, 0.9, 5e-4, 10)
-  assert (c.teacher.epochs, c.teacher.batch_size, c.teacher.lr, c.teacher.crop_pad, c.teacher.flip) == (100, 32, 0.1, 4, True)
+  assert (c.teacher.epochs, c.teacher.batch_size, c.teacher.lr, c.teacher.crop_pad, c.teacher.flip) == (
+    100,
+    32,
+    0.1,
+    4,
+    True,
+  )
   g, s = c.loss.generator, c.loss.student
   assert (g.adversarial, g.ikd, g.bn, g.scl, g.ce) == (1.0, 5.0, 1.0, 0.7, 0.7)
   assert (s.kd, s.l2, s.ce) == (1.0, 5.0, 0.7)

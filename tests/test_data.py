@@ -89,7 +89,7 @@ def cifar_archive(path, per_file=20, broken=False):
       rows[:, 0] %= 10
       kept.append(rows)
       add(name, rows.tobytes()[: -5 if broken and name == "test_batch.bin" else None])
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     add("batches.meta.txt", ("\n".join(names) + "\n\n").encode())
   return kept
 
@@ -123,7 +123,12 @@ def test_wrong_archives_are_refused_and_leave_nothing(tmp_path, monkeypatch, cap
   cifar_archive(tmp_path / "few.tar.gz")
   cifar_archive(tmp_path / "cut.tar.gz", broken=True)
   (tmp_path / "noise.tar.gz").write_bytes(os.urandom(1000))
-  for file, word in (("few", "splits"), ("cut", "multiple of 3073"), ("noise", "not the binary archive"), ("gone", "does not exist")):
+  for file, word in (
+    ("few", "splits"),
+    ("cut", "multiple of 3073"),
+    ("noise", "not the binary archive"),
+    ("gone", "does not exist"),
+  ):
     with pytest.raises(Refusal, match=word):
       prepare("cifar10", str(tmp_path / "d"), str(tmp_path / f"{file}.tar.gz"))
     assert not list((tmp_path / "d").iterdir())

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import pytest
 from parity import assert_close, assert_trees_close, cast, jitted_forward, nhwc, section, shapes
 
-from cpsc_jax import algorithm, convert, losses, methods, nets, optim
+from cpsc_jax import algorithm, convert, losses, nets, optim
 from cpsc_jax.mesh import make_mesh
 from cpsc_jax.nets.layers import CategoricalBatchNorm, FeatureHead
 from cpsc_jax.state import DistillState, TrainState
@@ -211,15 +210,24 @@ def test_learning_rates(golden, epochs):
 
 # A full iteration: two generator steps G0, G1, then two student steps S0, S1, with every quirk but half precision.
 
-# A categorical batch norm follows these biases: their gradient is zero, and rounding decides what sign-like Adam makes of it.
+# A categorical batch norm follows these biases: their gradient is zero, and rounding decides what sign-like Adam
+# makes of it.
 NO_GRADIENT = ("['conv1']['bias']", "['conv2']['bias']")
 
 
-@pytest.fixture(params=[("iter_init", "iter_cifar10"), ("iter_init", "iter_cifar100"), ("iter_adapter_init", "iter_adapter_cifar100")], ids=lambda p: p[1])
+@pytest.fixture(
+  params=[
+    ("iter_init", "iter_cifar10"),
+    ("iter_init", "iter_cifar100"),
+    ("iter_adapter_init", "iter_adapter_cifar100"),
+  ],
+  ids=lambda p: p[1],
+)
 def replay(request, golden, dtype):
   """The game of the stored iteration, its initial state, and what the reference made of it."""
-  from cpsc_jax import distill, settings
   from cpsc_jax.configs import default
+
+  from cpsc_jax import distill, settings
 
   init_name, result_name = request.param
   init, result = golden(init_name), golden(result_name)
@@ -236,7 +244,9 @@ def replay(request, golden, dtype):
   config.quirks.stepped_schedule, config.student.warmup_epochs, config.schedule.epochs = False, 0, 10**6  # lr stays 0.1
   teacher_name = "wrn_16_2" if "adapter" in init_name else "wrn_40_1"
   classes = int(number("num_classes"))
-  game = distill.build_game(config, mesh, nets.classifier(teacher_name, classes), {"net": teacher_name, "num_classes": classes})
+  game = distill.build_game(
+    config, mesh, nets.classifier(teacher_name, classes), {"net": teacher_name, "num_classes": classes}
+  )
   image = jnp.zeros((2, 32, 32, 3))
   latent = jnp.zeros((2, game.latent_dim)), jnp.zeros((2,), jnp.int32)
   like = types.SimpleNamespace(
@@ -249,16 +259,36 @@ def replay(request, golden, dtype):
   state = DistillState(
     jnp.int32(0), jax.random.key(0), fresh(generator, game.generator_tx), fresh(student, game.student_tx), {}
   )
-  results = section(result, "f64/") if dtype == np.float64 else {k: v for k, v in result.items() if not k.startswith("f64/")}
+  results = (
+    section(result, "f64/") if dtype == np.float64 else {k: v for k, v in result.items() if not k.startswith("f64/")}
+  )
   drawn = lambda step: (
-    jnp.asarray(init[f"{step}/z"].reshape(-1, game.latent_dim), dtype), jnp.asarray(init[f"{step}/labels"])
+    jnp.asarray(init[f"{step}/z"].reshape(-1, game.latent_dim), dtype),
+    jnp.asarray(init[f"{step}/labels"]),
   )
   return types.SimpleNamespace(
-    game=game, teacher=teacher, state=state, init=init, result=results, drawn=drawn, like=like, exact=dtype == np.float64, dtype=dtype
+    game=game,
+    teacher=teacher,
+    state=state,
+    init=init,
+    result=results,
+    drawn=drawn,
+    like=like,
+    exact=dtype == np.float64,
+    dtype=dtype,
   )
 
 
-NAMES = {"adversarial": "kd", "kd": "kd", "ikd": "ikd", "l2": "ikd", "bn": "bn", "scl": "scl", "ce": "ce", "total": "total"}
+NAMES = {
+  "adversarial": "kd",
+  "kd": "kd",
+  "ikd": "ikd",
+  "l2": "ikd",
+  "bn": "bn",
+  "scl": "scl",
+  "ce": "ce",
+  "total": "total",
+}
 
 
 def compare_terms(r, step, terms):
@@ -300,15 +330,15 @@ def compare_generator_step(r, step, state):
     terms = r.game.method.generator_terms
 
     for name in terms:
-
-
       alone = dataclasses.replace(r.game, method=algorithm.Method({name: (1.0, terms[name][1])}, {}))
       dz, _ = jax.jit(jax.grad(algorithm.generator_loss(alone, r.teacher, state, y), has_aux=True))(moved)
       assert_close(dz["latent"], r.result[f"G0/dz_term/{NAMES[name]}"].reshape(z.shape), deep, f"dz of {name}")
   assert_close(grads["latent"], r.result[f"{step}/dz"].reshape(z.shape), deep, f"{step} dz")
   skip = () if r.exact else NO_GRADIENT
   assert_trees_close(grads["params"], generator_tree(r, f"{step}/dgen/")["params"], deep, NO_GRADIENT)
-  assert_trees_close(after.generator.params, generator_tree(r, f"{step}/gen_after/")["params"], 1e-6 if r.exact else 2e-2, skip)
+  assert_trees_close(
+    after.generator.params, generator_tree(r, f"{step}/gen_after/")["params"], 1e-6 if r.exact else 2e-2, skip
+  )
   if f"{step}/z_after" in r.result:
     assert_close(latent, r.result[f"{step}/z_after"].reshape(z.shape), 1e-6 if r.exact else 1e-3, "latent after")
   return after
@@ -321,7 +351,9 @@ def compare_student_step(r, step, state):
   @jax.jit
   def run(state):
     x, imagined = algorithm.imagine(r.game, state, z, y)
-    grads, aux = jax.grad(algorithm.student_loss(r.game, r.teacher, state.student, x, y), has_aux=True)(state.student.params)
+    grads, aux = jax.grad(algorithm.student_loss(r.game, r.teacher, state.student, x, y), has_aux=True)(
+      state.student.params
+    )
     student, _ = algorithm.student_update(r.game, r.teacher, state.student, x, y)
     return grads, aux, imagined.replace(student=student)
 

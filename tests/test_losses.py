@@ -67,7 +67,9 @@ def test_inverse_distillation(logits, form):
   check(lambda x: losses.ikd_generator(jnp.asarray(t), x, form), generator, s)
   check(lambda x: losses.ikd_student(jnp.asarray(t), x, form), student, s)
   for loss in (losses.ikd_generator, losses.ikd_student):
-    assert not np.any(jax.grad(lambda x, loss=loss: loss(x, jnp.asarray(s), form))(jnp.asarray(t))), "the teacher is detached"
+    assert not np.any(jax.grad(lambda x, loss=loss: loss(x, jnp.asarray(s), form))(jnp.asarray(t))), (
+      "the teacher is detached"
+    )
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -111,7 +113,10 @@ def test_supervised_contrast_survives_long_rows():
 
 def test_bn_statistics():
   rng = np.random.default_rng(0)
-  draw = lambda: {"a": {"mean": rng.normal(size=3), "var": rng.random(3)}, "b": {"mean": rng.normal(size=2), "var": rng.random(2)}}
+  draw = lambda: {
+    "a": {"mean": rng.normal(size=3), "var": rng.random(3)},
+    "b": {"mean": rng.normal(size=2), "var": rng.random(2)},
+  }
   seen, running = draw(), draw()
   want = sum(np.linalg.norm(seen[k][s] - running[k][s]) for k in seen for s in ("mean", "var"))
   assert float(losses.bn_statistics(seen, running)) == pytest.approx(want, rel=1e-6)

@@ -49,7 +49,11 @@ def test_classifier_equals_pytorch(name):
   assert_trees_close(stats, theirs, 1e-3)
 
 
-GENERATORS = [("cifar", zoo.CifarGenerator, 8, 1), ("cifar", zoo.CifarGenerator, 32, 3), ("dcgan", zoo.DCGANGenerator, 64, 3)]
+GENERATORS = [
+  ("cifar", zoo.CifarGenerator, 8, 1),
+  ("cifar", zoo.CifarGenerator, 32, 3),
+  ("dcgan", zoo.DCGANGenerator, 64, 3),
+]
 
 
 @pytest.mark.parametrize(("name", "twin", "size", "channels"), GENERATORS)
@@ -73,14 +77,21 @@ def test_generator_equals_pytorch(name, twin, size, channels):
 def test_generator_sizes(name, size):
   net = nets.generator(name, 3, size, 3, 2)
   z, y = jnp.zeros((2, 4)), jnp.zeros((2,), jnp.int32)
-  assert jax.eval_shape(lambda k: net.init_with_output(k, z, y, train=True)[0], jax.random.key(0)).shape == (2, size, size, 3)
+  assert jax.eval_shape(lambda k: net.init_with_output(k, z, y, train=True)[0], jax.random.key(0)).shape == (
+    2,
+    size,
+    size,
+    3,
+  )
 
 
 @pytest.mark.parametrize("name", ["wrn_16_1", "resnet18", "vgg11"])
 @pytest.mark.parametrize("size", [8, 32, 64])
 def test_outputs_by_name(name, size):
   net = nets.classifier(name, 7)
-  out = jax.eval_shape(lambda k: net.init_with_output(k, jnp.zeros((2, size, size, 3)), train=False)[0], jax.random.key(0))
+  out = jax.eval_shape(
+    lambda k: net.init_with_output(k, jnp.zeros((2, size, size, 3)), train=False)[0], jax.random.key(0)
+  )
   assert out.logits.shape == (2, 7)
   assert len(out.stages) == {"wrn_16_1": 3, "resnet18": 4, "vgg11": 5}[name]
   assert all(stage.ndim == 4 for stage in out.stages)
@@ -118,7 +129,8 @@ def test_precision_reaches_the_convolutions():
 
 
 @pytest.mark.parametrize(
-  ("name", "word"), [("resnet81", "resnet18"), ("wrn_17_1", "6n + 4"), ("wrn_4_1", "6n + 4"), ("wrn_16_0", "width"), ("", "choose")]
+  ("name", "word"),
+  [("resnet81", "resnet18"), ("wrn_17_1", "6n + 4"), ("wrn_4_1", "6n + 4"), ("wrn_16_0", "width"), ("", "choose")],
 )
 def test_unknown_nets_are_refused(name, word):
   with pytest.raises(Refusal, match=word.replace("+", r"\+")):
@@ -136,5 +148,7 @@ def test_conversion_names_every_misfit():
   twin, net = zoo.WideResNet(10, 1, 10), nets.classifier("wrn_10_1", 12)
   state = zoo.arrays(twin)
   state["surplus"] = state.pop("bn1.weight")
-  with pytest.raises(Refusal, match=r"missing: bn1.weight; unexpected: surplus; of another shape: .*fc.bias.*fc.weight"):
+  with pytest.raises(
+    Refusal, match=r"missing: bn1.weight; unexpected: surplus; of another shape: .*fc.bias.*fc.weight"
+  ):
     convert.classifier_from_torch(state, shapes(net, jnp.zeros((2, 8, 8, 3))))

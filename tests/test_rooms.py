@@ -25,11 +25,44 @@ ROOMS = {
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},
   "loop": {"errors", "checkpoint", "progress"},
-  "teach": {"errors", "progress", "state", "losses", "mesh", "optim", "datasets", "nets", "algorithm", "checkpoint", "evaluate", "loop"},
-  "distill": {"errors", "progress", "mesh", "optim", "datasets", "nets", "algorithm", "methods", "checkpoint", "evaluate", "report", "settings", "loop", "teach"},
+  "teach": {
+    "errors",
+    "progress",
+    "state",
+    "losses",
+    "mesh",
+    "optim",
+    "datasets",
+    "nets",
+    "algorithm",
+    "checkpoint",
+    "evaluate",
+    "loop",
+  },
+  "distill": {
+    "errors",
+    "progress",
+    "mesh",
+    "optim",
+    "datasets",
+    "nets",
+    "algorithm",
+    "methods",
+    "checkpoint",
+    "evaluate",
+    "report",
+    "settings",
+    "loop",
+    "teach",
+  },
   "main": {"errors", "distill", "report"},
 }
-LIBRARIES = {"flax.linen": {"nets"}, "flax.struct": {"state"}, "optax": {"losses", "optim", "algorithm"}, "orbax": {"checkpoint"}}
+LIBRARIES = {
+  "flax.linen": {"nets"},
+  "flax.struct": {"state"},
+  "optax": {"losses", "optim", "algorithm"},
+  "orbax": {"checkpoint"},
+}
 
 
 def room_of(path):

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 class WideBlock(nn.Module):
@@ -49,7 +49,9 @@ class Residual(nn.Module):
   def __init__(self, inside, width, stride, bottleneck):
     super().__init__()
     out = width * 4 if bottleneck else width
-    sizes = [(inside, width, 1), (width, width, 3), (width, out, 1)] if bottleneck else [(inside, width, 3), (width, out, 3)]
+    sizes = (
+      [(inside, width, 1), (width, width, 3), (width, out, 1)] if bottleneck else [(inside, width, 3), (width, out, 3)]
+    )
     strided = 1 if bottleneck else 0
     for i, (a, b, k) in enumerate(sizes):
       setattr(self, f"conv{i + 1}", nn.Conv2d(a, b, k, stride if i == strided else 1, k // 2, bias=False))

@@ -44,15 +44,9 @@ class Dataset:
 
 
 DATASETS = {
-  "digits": Dataset(
-    10, 8, 1, (0.3057,), (0.3762,), {"train": 1343, "test": 454}, photographs=False, bundled=True
-  ),
-  "cifar10": Dataset(
-    10, 32, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), {"train": 50000, "test": 10000}
-  ),
-  "cifar100": Dataset(
-    100, 32, 3, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), {"train": 50000, "test": 10000}
-  ),
+  "digits": Dataset(10, 8, 1, (0.3057,), (0.3762,), {"train": 1343, "test": 454}, photographs=False, bundled=True),
+  "cifar10": Dataset(10, 32, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), {"train": 50000, "test": 10000}),
+  "cifar100": Dataset(100, 32, 3, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), {"train": 50000, "test": 10000}),
   "svhn_cropped": Dataset(
     10, 32, 3, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), {"train": 73257, "test": 26032}
   ),
@@ -82,9 +76,7 @@ def describe(name):
 
 def resolve_data_dir(data_dir):
   """The directory that prepared data sets live in: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-  return os.path.abspath(
-    os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  )
+  return os.path.abspath(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def require(name, data_dir):
@@ -149,5 +141,6 @@ def _check_sizes(builder, name, spec, data_dir):
   have = {split: info.num_examples for split, info in builder.info.splits.items()}
   if any(have.get(split) != size for split, size in spec.sizes.items()):
     raise Refusal(
-      f"data set '{name}' in {data_dir} has splits {have}, not {spec.sizes}; delete {builder.data_dir} and prepare it again."
+      f"data set '{name}' in {data_dir} has splits {have}, not {spec.sizes}; delete {builder.data_dir} and prepare it"
+      " again."
     )

@@ -65,7 +65,9 @@ class _Cifar(FromArchive):
       with tarfile.open(archive) as tar:
         files = {name: tar.extractfile(info.prefix + name).read() for name in wanted}
     except (tarfile.TarError, KeyError, OSError, EOFError) as error:
-      raise Refusal(f"{archive} is not the binary archive of '{self.name}' ({error}); get it from {info.url}.") from error
+      raise Refusal(
+        f"{archive} is not the binary archive of '{self.name}' ({error}); get it from {info.url}."
+      ) from error
     record = len(info.label_keys) + 3072
     for name in (*info.train_files, *info.test_files):
       if not files[name] or len(files[name]) % record:
@@ -132,7 +134,9 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
   URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
   def _info(self):
-    return _image_info(self, "Tiny-ImageNet: 200 classes, 500 training and 50 validation images each.", (64, 64, 3), 200)
+    return _image_info(
+      self, "Tiny-ImageNet: 200 classes, 500 training and 50 validation images each.", (64, 64, 3), 200
+    )
 
   def _split_generators(self, dl_manager):
     path = self._open(dl_manager, self.URL)
@@ -144,7 +148,9 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
     except (zipfile.BadZipFile, KeyError, OSError) as error:
       raise Refusal(f"{path} is not the archive of '{self.name}' ({error}); get it from {self.URL}.") from error
     self.info.features["label"].names = wnids
-    train = [(n, n.split("/")[2]) for n in sorted(archive.namelist()) if n.startswith(root + "train/") and n.endswith(".JPEG")]
+    train = [
+      (n, n.split("/")[2]) for n in sorted(archive.namelist()) if n.startswith(root + "train/") and n.endswith(".JPEG")
+    ]
     validation = [(f"{root}val/images/{row[0]}", row[1]) for row in rows]
     return {
       "train": self._generate_examples(archive, train),

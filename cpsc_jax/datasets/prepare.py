@@ -58,7 +58,9 @@ def prepare(name, data_dir, archive=None):
 def main(argv=None):
   parser = argparse.ArgumentParser(prog="python -m cpsc_jax.datasets.prepare", description=__doc__.split("\n")[0])
   parser.add_argument("name", help=f"one of {', '.join(datasets.DATASETS)}")
-  parser.add_argument("--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+  parser.add_argument(
+    "--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+  )
   parser.add_argument("--from", dest="archive", help="the original archive (SVHN: the folder of .mat files)")
   args = parser.parse_args(argv)
   try:

@@ -76,7 +76,7 @@ def forward(net, variables, *inputs, train):
 
 
 def forward_observed(net, variables, x):
-  """A frozen net in evaluation mode: (output, moments, running), the latter two as `losses.bn_statistics` takes them."""
+  """A frozen net in evaluation mode: (output, moments, running), as `losses.bn_statistics` takes them."""
   output, moments = observe_batch_norm(lambda: net.apply(variables, x, train=False))
   return output, moments, {path: _at(variables["batch_stats"], path) for path in moments}
 

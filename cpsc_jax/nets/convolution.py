@@ -84,7 +84,9 @@ def _patches(x, kernel_shape, strides, padding):
   kh, kw = kernel_shape[:2]
   padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
   h, w = ((padded.shape[i] - k) // s + 1 for i, k, s in zip((1, 2), (kh, kw), strides, strict=True))
-  window = lambda i, j: padded[:, i : i + (h - 1) * strides[0] + 1 : strides[0], j : j + (w - 1) * strides[1] + 1 : strides[1]]
+  window = lambda i, j: padded[
+    :, i : i + (h - 1) * strides[0] + 1 : strides[0], j : j + (w - 1) * strides[1] + 1 : strides[1]
+  ]
   return jnp.concatenate([window(i, j) for i in range(kh) for j in range(kw)], axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""Class-conditional generators: every normalisation is a `CategoricalBatchNorm`, so that the label enters everywhere."""
+"""Class-conditional generators: every normalisation is a `CategoricalBatchNorm`, so the label enters everywhere."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ SLOPE = 0.2
 
 
 class CifarGenerator(nn.Module):
-  """(latent (N, nz), labels (N,)) -> images (N, H, H, channels) in the teacher's normalised space, for H divisible by 4.
+  """(latent (N, nz), labels (N,)) -> images (N, H, H, channels) in the teacher's normalised space, for H divisible by
+  4.
 
   Generator "D" of the published CPSC-DFKD code: two nearest-neighbour upsamplings with 3x3 convolutions. The last
   categorical batch norm follows the tanh, so the output is not bounded by 1.

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from cpsc_jax.nets.convolution import conv_general_dilated
 
 
-def conv(features, kernel=3, stride=1, use_bias=False, dtype=None, name=None, init=None, bias_init=nn.initializers.zeros):
+def conv(
+  features, kernel=3, stride=1, use_bias=False, dtype=None, name=None, init=None, bias_init=nn.initializers.zeros
+):
   """k x k convolution with PyTorch's symmetric padding k // 2 (not 'SAME', which differs at stride 2)."""
   return nn.Conv(
     features,
@@ -107,8 +109,8 @@ class CategoricalBatchNorm(_Normalise):
 class FeatureHead(nn.Module):
   """A classifier whose features pass a two-layer MLP to another width, so that they can be compared with a teacher's.
 
-  The MLP (width -> width -> `features`, ReLU between) reads the normalised features; its output is scaled to unit length
-  again if `normalise`. Logits and stages stay the network's own.
+  The MLP (width -> width -> `features`, ReLU between) reads the normalised features; its output is scaled to unit
+  length again if `normalise`. Logits and stages stay the network's own.
   """
 
   net: nn.Module

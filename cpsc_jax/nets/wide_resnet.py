@@ -44,5 +44,7 @@ class WideResNet(nn.Module):
       stages.append(x)
     x = nn.relu(BatchNorm(name="bn1")(x, train))
     pooled = jnp.mean(x, (1, 2))
-    logits = linear(self.num_classes, pooled.shape[-1], name="fc")(pooled.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    logits = linear(self.num_classes, pooled.shape[-1], name="fc")(
+      pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
+    )
     return Output(logits, unit(pooled), tuple(stages))

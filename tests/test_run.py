@@ -1,0 +1,295 @@
+"""Whole runs through the command line: what they leave, that they resume bit for bit, and what they refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, shared
+
+from cpsc_jax import checkpoint
+from cpsc_jax.main import main
+
+SMOKE = f"--config={REPOSITORY / 'configs' / 'digits.py'}:smoke"
+
+
+def command(workdir, digits_dir, *flags, config=SMOKE):
+  return ["main", config, f"--workdir={workdir}", f"--config.dataset.data_dir={digits_dir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits_dir):
+  workdir = tmp_path_factory.mktemp("runs") / "smoke"
+  assert main(command(workdir, digits_dir)) == 0
+  return workdir
+
+
+def results_of(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+def test_results(finished):
+  results = results_of(finished)
+  assert results["arm"] == "distill" and results["method"] == "cpsc" and results["headline"] == "last"
+  for figure in (
+    results["teacher"]["accuracy"],
+    results["student"]["last"]["accuracy"],
+    results["student"]["best"]["accuracy"],
+  ):
+    assert 0 <= figure <= 1 and round(figure * 454) == pytest.approx(figure * 454, abs=1e-3), (
+      "a fraction of the whole split"
+    )
+  assert results["student"]["best"]["accuracy"] >= results["student"]["last"]["accuracy"]
+  assert 1 <= results["student"]["best"]["epoch"] <= 2 and results["student"]["last"]["epoch"] == 2
+  assert results["agreement"] == results["student"]["last"]["agreement"]
+  fidelity = results["generator"]["label_fidelity_per_class"]
+  assert len(fidelity) == 10 and results["generator"]["label_fidelity"] == pytest.approx(np.mean(fidelity))
+  assert results["student"]["parameters"] == 77562
+  assert results["samples"] == {"generator": 2 * 2 * 32, "student": 2 * 2 * 32}
+  assert {"jax", "flax", "optax", "python"} <= results["versions"].keys()
+  assert results["hardware"]["platform"] == "cpu" and results["seconds"] > 0
+  assert results["config"] == json.loads((finished / "config.json").read_text())
+
+
+def test_files(finished):
+  import matplotlib.image
+
+  names = {path.name for path in finished.iterdir()}
+  assert {
+    "results.json",
+    "config.json",
+    "samples.png",
+    "curves.png",
+    "history.json",
+    "events",
+    "teacher",
+    "student",
+  } <= names
+  assert list((finished / "events").glob("events.*"))
+  for picture in ("samples.png", "curves.png"):
+    pixels = matplotlib.image.imread(finished / picture)
+    assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, f"{picture} shows nothing"
+
+
+def test_saved_nets_reproduce_the_figures(finished, digits_dir):
+  import jax
+  import jax.numpy as jnp
+
+  from cpsc_jax import datasets, evaluate, nets
+  from cpsc_jax.mesh import make_mesh
+
+  test = datasets.load_test("digits", digits_dir)
+  results = results_of(finished)
+  for folder, want in (
+    ("teacher", results["teacher"]["accuracy"]),
+    ("student", results["student"]["last"]["accuracy"]),
+    ("student_best", results["student"]["best"]["accuracy"]),
+  ):
+    card = checkpoint.read_card(finished / folder)
+    net = nets.classifier(card["net"], card["num_classes"])
+    like = nets.init(net, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+    variables, card = checkpoint.load_net(finished / folder, like)
+    classify = evaluate.compile_classifier(net, card["mean"], card["std"], 64, make_mesh())
+    assert float(evaluate.share_equal(classify(variables, test.images), test.labels)) == pytest.approx(want)
+  assert checkpoint.read_card(finished / "teacher")["digest"] == results["teacher"]["digest"]
+
+
+def test_a_finished_run_is_left_alone(finished, digits_dir, capsys):
+  before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+  start = time.monotonic()
+  assert main(command(finished, digits_dir)) == 0
+  assert time.monotonic() - start < 10
+  assert "is finished already" in capsys.readouterr().out
+  assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_workdir_of_another_config_is_refused(finished, digits_dir, capsys):
+  assert main(command(finished, digits_dir, "--config.student.lr=0.05", "--config.seed=3")) == 2
+  error = capsys.readouterr().err
+  assert "seed, student.lr" in error and "--workdir" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arm", ["untrained_generator", "real_kd", "real_labels"])
+def test_control_arms(finished, digits_dir, tmp_path, arm):
+  flags = (f"--config.arm={arm}", f"--config.teacher.checkpoint={finished / 'teacher'}")
+  assert main(command(tmp_path / arm, digits_dir, *flags)) == 0
+  results = results_of(tmp_path / arm)
+  assert results["arm"] == arm
+  assert results["teacher"]["digest"] == results_of(finished)["teacher"]["digest"]
+  assert results["samples"]["generator"] == 0 and results["samples"]["student"] == 128
+  terms = set(json.loads((tmp_path / arm / "history.json").read_text())["student"][0]["terms"])
+  if arm == "untrained_generator":
+    assert results["generator"]["label_fidelity"] <= 0.5 and (tmp_path / arm / "samples.png").exists()
+  else:
+    assert results["generator"] is None and not (tmp_path / arm / "samples.png").exists()
+  assert ("student/kd" in terms) == (arm != "real_labels")
+
+
+def test_reference_mode_runs(finished, digits_dir, tmp_path):
+  flags = ("--config.reference=True", f"--config.teacher.checkpoint={finished / 'teacher'}")
+  assert main(command(tmp_path / "r", digits_dir, *flags)) == 0
+  results = results_of(tmp_path / "r")
+  assert results["reference"] and results["headline"] == "best" and results["config"]["precision"] == "float16"
+
+
+def test_other_nets_with_a_head(finished, digits_dir, tmp_path):
+  flags = ("--config.student.net=wrn_10_2", f"--config.teacher.checkpoint={finished / 'teacher'}")
+  assert main(command(tmp_path / "h", digits_dir, *flags)) == 0
+  terms = set(json.loads((tmp_path / "h" / "history.json").read_text())["student"][0]["terms"])
+  assert "student/head" in terms
+
+
+# Killed and resumed.
+
+LONG = ("--config.schedule.epochs=8", "--config.teacher.epochs=6", "--config.checkpoint.every=2")
+
+
+def spawn(workdir, digits_dir, *flags):
+  argv = [sys.executable, "-m", "cpsc_jax.main", *command(workdir, digits_dir, *flags)[1:]]
+  return subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_at(process, pattern):
+  """Sends SIGKILL when a line of output matches; returns whether one did."""
+  for line in process.stdout:
+    if re.search(pattern, line):
+      os.kill(process.pid, signal.SIGKILL)
+      process.wait()
+      return True
+  process.wait()
+  return False
+
+
+def outcome(workdir):
+  history = json.loads((workdir / "history.json").read_text())
+  results = results_of(workdir)
+  cards = {
+    folder: checkpoint.read_card(workdir / folder)["digest"]
+    for folder in ("teacher", "student", "student_best", "generator")
+  }
+  return cards, history, results["student"], results["generator"], results["teacher"]
+
+
+def test_killed_and_resumed_ends_bit_identical(tmp_path, digits_dir, monkeypatch):
+  monkeypatch.setattr("cpsc_jax.progress.SECONDS_BETWEEN_LINES", 0.0)
+  assert main(command(tmp_path / "whole", digits_dir, *LONG)) == 0
+  broken = tmp_path / "broken"
+  for pattern in (r"teacher: epoch 1/", r"distill: 8 epochs", r"distill: epoch 1/"):
+    assert kill_at(spawn(broken, digits_dir, *LONG), pattern), f"never saw {pattern}"
+    assert not (broken / "results.json").exists()
+  process = spawn(broken, digits_dir, *LONG)  # by now inside the distillation: kill once more, at no particular moment
+  deadline = time.monotonic() + 120
+  while not list((broken / "checkpoints").glob("[0-9]*")) and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.02)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert main(command(broken, digits_dir, *LONG)) == 0
+  assert outcome(broken) == outcome(tmp_path / "whole")
+
+
+# Refusals: one sentence on stderr, exit code 2, no traceback, nothing done.
+
+
+def refused(capsys, argv, *words, code=2):
+  start = time.monotonic()
+  assert main(["main", *argv]) == code
+  error = capsys.readouterr().err
+  assert error.startswith("cpsc_jax: ") and error.count("\n") == 1 and "Traceback" not in error, error
+  for word in words:
+    assert word in error, error
+  assert time.monotonic() - start < 20
+  return error
+
+
+def test_bad_flags_are_refused(capsys, tmp_path):
+  w = f"--workdir={tmp_path / 'w'}"
+  refused(capsys, [w], "--config")
+  refused(capsys, ["--config=nowhere.py", w], "nowhere.py")
+  refused(capsys, [SMOKE, w, "--config.student.learning_rate=1"], "learning_rate")
+  refused(capsys, [SMOKE, w, "--config.student.lr=fast"], "fast")
+  refused(capsys, [SMOKE.replace(":smoke", ":quick"), w], "no variant 'quick'")
+  refused(capsys, [SMOKE, w, "--confg=1"], "confg")
+  refused(capsys, [SMOKE, w, "train"], "'train' is not a flag")
+  refused(capsys, [SMOKE, w, "--config.student.net=resnet19"], "no net 'resnet19'", "did you mean 'resnet18'")
+  refused(capsys, [SMOKE, w, "--config.dataset.name=mnist"], "no data set 'mnist'")
+  refused(capsys, [SMOKE, w, "--config.arm=none"], "real_labels")
+  assert not (tmp_path / "w").exists(), "nothing is made before the config is right"
+
+
+def test_missing_data_names_the_command(capsys, tmp_path):
+  config = f"--config={REPOSITORY / 'configs' / 'cifar10.py'}:smoke"
+  argv = [config, f"--workdir={tmp_path / 'w'}", f"--config.dataset.data_dir={tmp_path}"]
+  refused(capsys, argv, f"python -m cpsc_jax.datasets.prepare cifar10 --data_dir {tmp_path}")
+
+
+def test_misfit_teachers_are_refused(capsys, tmp_path, digits_dir, finished):
+  where = lambda path: f"--config.teacher.checkpoint={path}"
+  argv = command(tmp_path / "w", digits_dir)[1:]
+  refused(capsys, [*argv, where(tmp_path / "nothing")], "no saved net")
+  for key, value in (("num_classes", 100), ("image_size", 32), ("channels", 3)):
+    folder = tmp_path / key
+    folder.mkdir()
+    card = {**checkpoint.read_card(finished / "teacher"), key: value}
+    (folder / checkpoint.CARD).write_text(json.dumps(card))
+    refused(capsys, [*argv, where(folder)], key, str(value), "config.dataset.name")
+
+
+def test_a_damaged_teacher_is_refused(capsys, tmp_path, digits_dir, finished):
+  import shutil
+
+  shutil.copytree(finished / "teacher", tmp_path / "teacher")
+  card = checkpoint.read_card(tmp_path / "teacher")
+  (tmp_path / "teacher" / checkpoint.CARD).write_text(json.dumps({**card, "digest": "0" * 64}))
+  argv = command(tmp_path / "w", digits_dir)[1:]
+  refused(capsys, [*argv, f"--config.teacher.checkpoint={tmp_path / 'teacher'}"], "damaged")
+
+
+def test_a_workdir_that_cannot_be_used_is_refused(capsys, tmp_path, digits_dir):
+  (tmp_path / "file").write_text("")
+  refused(capsys, command(tmp_path / "file" / "w", digits_dir)[1:], "cannot use")
+
+
+def test_non_finite_loss_ends_the_run(capsys, tmp_path, digits_dir, finished):
+  argv = command(tmp_path / "w", digits_dir, f"--config.teacher.checkpoint={finished / 'teacher'}")[1:]
+  assert main(["main", *argv, "--config.student.lr=1e30", "--config.student.warmup_epochs=0"]) == 3
+  error = capsys.readouterr().err
+  assert "not finite in epoch 1" in error and "student/" in error and "Traceback" not in error
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, digits_dir):
+  argv = [
+    sys.executable,
+    "-m",
+    "cpsc_jax.main",
+    *command(tmp_path / "w", digits_dir, "--config.schedule.batch_size=36")[1:],
+  ]
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and "config.schedule.batch_size is 36, which 8 devices" in done.stderr
+
+
+def test_eight_devices_run_the_same_program(finished, tmp_path, digits_dir):
+  flags = (f"--config.teacher.checkpoint={finished / 'teacher'}",)
+  argv = [sys.executable, "-m", "cpsc_jax.main", *command(tmp_path / "w", digits_dir, *flags)[1:]]
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+  one, eight = (json.loads((w / "history.json").read_text())["student"][0]["terms"] for w in (finished, tmp_path / "w"))
+  assert results_of(tmp_path / "w")["hardware"]["devices"] == 8
+  for name, value in one.items():
+    assert eight[name] == pytest.approx(value, rel=1e-2), name
+
+
+@pytest.mark.slow
+def test_cifar10_smoke_on_the_real_images(tmp_path):
+  from cpsc_jax.datasets.prepare import prepare
+
+  subprocess.run([sys.executable, shared("data", "unpack.py"), "cifar10", tmp_path], check=True)
+  prepare("cifar10", str(tmp_path / "d"), str(next(tmp_path.glob("*.tar.gz"))))
+  config = f"--config={REPOSITORY / 'configs' / 'cifar10.py'}:smoke"
+  assert main(command(tmp_path / "w", tmp_path / "d", config=config)) == 0
+  assert results_of(tmp_path / "w")["test_images"] == 10000
