@@ -24,9 +24,8 @@ def get_config(variant=""):
   d.data_dir = ""  # where prepared data live; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
 
   c.teacher = t = ml_collections.ConfigDict()
-  t.checkpoint = (
-    ""  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
-  )
+  # folder of a saved teacher (WORKDIR/teacher of another run); empty: train one on the training split
+  t.checkpoint = ""
   t.net = "resnet34"  # a row of cpsc_jax.nets.NETS, or wrn_D_K; the rest of this section is for training one
   t.epochs = 100  # passes over the training split
   t.batch_size = 32  # over all devices together; what is left of an epoch is dropped

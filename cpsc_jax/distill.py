@@ -49,24 +49,26 @@ def run(config, workdir, started=None):
     evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=config.evaluate.batch_size, mesh=mesh
   )
   teacher_says = classify(teacher_net)(teacher, test.images)
-  student_says = classify(game.student)
+  student_net = nets.without_head(game.student, {})[0]
+  student_says = classify(student_net)
   sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
   sample_key = jax.random.fold_in(jax.random.key(config.seed), 2)
   data_free = config.arm in ("distill", "untrained_generator")
   if data_free:
     epoch, state = data_free_arm(config, game, teacher)
-    student_of = lambda state: state.student
+    trained = lambda state: state.student
   else:
     epoch, state = teach.real_arm(config, game, teacher, card)
-    student_of = lambda state: state.net
+    trained = lambda state: state.net
+  student_of = lambda state: nets.without_head(game.student, trained(state).variables)[1]
   say(
     f"{config.arm}: {card['net']} ({nets.count_parameters(teacher['params']):,} parameters,"
     f" accuracy {float(evaluate.share_equal(teacher_says, test.labels)):.4f}) -> {config.student.net}"
-    f" ({nets.count_parameters(student_of(state).params):,} parameters)"
+    f" ({nets.count_parameters(student_of(state)['params']):,} parameters)"
   )
 
   def measure(state):
-    predictions = student_says(student_of(state).variables, test.images)
+    predictions = student_says(student_of(state), test.images)
     scores = {
       "accuracy": evaluate.share_equal(predictions, test.labels),
       "agreement": evaluate.share_equal(predictions, teacher_says),
@@ -81,7 +83,7 @@ def run(config, workdir, started=None):
       title=config.arm,
       epoch=epoch,
       measure=measure,
-      variables=lambda state: student_of(state).variables,
+      variables=student_of,
       epochs=config.schedule.epochs,
       measure_every=config.evaluate.every,
       save_every=config.checkpoint.every,
@@ -92,7 +94,7 @@ def run(config, workdir, started=None):
 
   shape = {k: card[k] for k in ("num_classes", "image_size", "channels", "mean", "std")}
   student_card = {**shape, "net": config.student.net, "dataset": config.dataset.name, "teacher_digest": card["digest"]}
-  checkpoint.save_net(workdir / "student", student_of(outcome.state).variables, student_card)
+  checkpoint.save_net(workdir / "student", student_of(outcome.state), student_card)
   checkpoint.save_net(workdir / "student_best", outcome.best_variables, student_card)
   generator = None
   if data_free:
@@ -130,7 +132,7 @@ def run(config, workdir, started=None):
     },
     "student": {
       "net": config.student.net,
-      "parameters": nets.count_parameters(student_of(outcome.state).params),
+      "parameters": nets.count_parameters(student_of(outcome.state)["params"]),
       "last": last,
       "best": best,
     },

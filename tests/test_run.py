@@ -137,11 +137,16 @@ def test_reference_mode_runs(finished, digits_dir, tmp_path):
   assert results["reference"] and results["headline"] == "best" and results["config"]["precision"] == "float16"
 
 
+WRN_10_2 = 303418
+
+
 def test_other_nets_with_a_head(finished, digits_dir, tmp_path):
   flags = ("--config.student.net=wrn_10_2", f"--config.teacher.checkpoint={finished / 'teacher'}")
   assert main(command(tmp_path / "h", digits_dir, *flags)) == 0
   terms = set(json.loads((tmp_path / "h" / "history.json").read_text())["student"][0]["terms"])
   assert "student/head" in terms
+  assert set(checkpoint.read_card(tmp_path / "h" / "student")) >= {"net", "num_classes"}
+  assert results_of(tmp_path / "h")["student"]["parameters"] == WRN_10_2, "what is deployed has no head"
 
 
 # Killed and resumed.

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from clu.parameter_overview import count_parameters
 
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
@@ -93,8 +94,11 @@ def feature_width(net, image_shape):
   return jax.eval_shape(shape, jax.random.key(0), jnp.zeros((2, *image_shape))).shape[-1]
 
 
-def count_parameters(params):
-  return sum(p.size for p in jax.tree.leaves(params))
+def without_head(net, variables):
+  """(net, variables) of the classifier alone: what is deployed has no feature head."""
+  if not isinstance(net, FeatureHead):
+    return net, variables
+  return net.net, {collection: tree["net"] for collection, tree in variables.items()}
 
 
 def _at(tree, path):
@@ -112,4 +116,5 @@ __all__ = [
   "forward_observed",
   "generator",
   "init",
+  "without_head",
 ]
