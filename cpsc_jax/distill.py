@@ -36,11 +36,12 @@ def run(config, workdir, started=None):
   if config.teacher.checkpoint:
     teach.check_teacher(config)
   workdir = pathlib.Path(workdir)
-  results = claim(workdir, config)
+  results = earlier_results(workdir, config)
   if results:
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return results
   datasets.require(config.dataset.name, config.dataset.data_dir)
+  claim(workdir, config)
 
   test = datasets.load_test(config.dataset.name, config.dataset.data_dir)
   teacher_net, teacher, card = teach.obtain_teacher(config, test, workdir, mesh)
@@ -192,32 +193,34 @@ def data_free_arm(config, game, teacher):
   return lambda state: epoch(state, teacher), algorithm.initial_state(game, config.seed, spec.image_shape)
 
 
-def claim(workdir, config):
-  """Makes `workdir` this config's and returns the results if they are there already, else None.
+def earlier_results(workdir, config):
+  """The results of a finished run of `config` in `workdir`, or None; nothing is written.
 
   Raises:
-    Refusal: the folder belongs to another config, or cannot be written.
+    Refusal: the folder belongs to another config, or cannot be read.
   """
-  path = workdir / "config.json"
+  config_path, results_path = workdir / "config.json", workdir / "results.json"
   try:
-    if path.exists():
-      changed = settings.differences(config, json.loads(path.read_text()))
-      if changed:
-        raise Refusal(
-          f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir or"
-          " delete it."
-        )
-    else:
-      workdir.mkdir(parents=True, exist_ok=True)
-      write_whole(path, settings.dump(config))
-    done = workdir / "results.json"
-    return json.loads(done.read_text()) if done.exists() else None
-  except OSError as error:
+    saved = json.loads(config_path.read_text()) if config_path.exists() else None
+    results = json.loads(results_path.read_text()) if results_path.exists() else None
+  except (OSError, ValueError) as error:
+    raise Refusal(f"cannot read what is in {workdir} ({error}); choose another --workdir.") from error
+  changed = settings.differences(config, saved) if saved else []
+  if changed:
     raise Refusal(
-      f"cannot use {workdir} as the working directory ({error.strerror}); choose another --workdir."
-    ) from error
-  except ValueError as error:
-    raise Refusal(f"{path} is not a config of this program ({error}); choose another --workdir.") from error
+      f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir."
+    )
+  return results
+
+
+def claim(workdir, config):
+  """Makes `workdir` this config's; a Refusal if it cannot be written."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+      write_whole(workdir / "config.json", settings.dump(config))
+  except OSError as error:
+    raise Refusal(f"cannot write to {workdir} ({error.strerror}); choose another --workdir.") from error
 
 
 def write_whole(path, text):

@@ -29,25 +29,33 @@ def draw_samples(path, images, results):
   """A grid with one row per class, labelled with the class and its label fidelity."""
   import matplotlib.pyplot as plt
 
-  classes, columns, height, width, channels = images.shape
   fidelity = results["generator"]["label_fidelity_per_class"]
-  gap = 0.08
-  figure, axes = plt.subplots(
-    classes, columns, figsize=(columns * 0.8 + 1.6, classes * 0.8 + 0.7), squeeze=False, layout="constrained"
+  grid, cell = mosaic(images)
+  classes, columns = images.shape[:2]
+  figure, axis = plt.subplots(figsize=(columns * 0.6 + 1.6, classes * 0.6 + 0.8), layout="constrained")
+  axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+  axis.set_yticks(
+    [cell * (c + 0.5) - 0.5 for c in range(classes)], [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)], fontsize=12
   )
-  figure.get_layout_engine().set(w_pad=gap / 4, h_pad=gap / 4, wspace=0, hspace=0)
-  for c in range(classes):
-    for column in range(columns):
-      axis = axes[c, column]
-      axis.imshow(images[c, column].squeeze(), cmap="gray" if channels == 1 else None, vmin=0, vmax=1)
-      axis.set(xticks=[], yticks=[])
-    axes[c, 0].set_ylabel(f"{c}  {fidelity[c]:.2f}", rotation=0, ha="right", va="center", fontsize=11)
-  figure.suptitle(
-    f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples per class, with label fidelity",
-    fontsize=12,
+  axis.tick_params(length=0)
+  axis.set_xticks([])
+  axis.spines[:].set_visible(False)
+  axis.set_title(
+    f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples\nrow: class and label fidelity",
+    fontsize=11,
   )
   figure.savefig(path, dpi=80)
   plt.close(figure)
+
+
+def mosaic(images):
+  """(C, n, H, W, K) in [0, 1] -> one picture with white lines between the images, and its rows' height in pixels."""
+  classes, columns, height, width, channels = images.shape
+  line = max(1, height // 16)
+  padding = ((0, 0), (0, 0), (0, line), (0, line), (0, 0))
+  cells = np.pad(images, padding, constant_values=1.0)
+  grid = cells.swapaxes(1, 2).reshape(classes * (height + line), columns * (width + line), channels)
+  return (grid[..., 0] if channels == 1 else grid), height + line
 
 
 def draw_curves(path, history, results):

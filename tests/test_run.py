@@ -230,6 +230,7 @@ def test_missing_data_names_the_command(capsys, tmp_path):
   config = f"--config={REPOSITORY / 'configs' / 'cifar10.py'}:smoke"
   argv = [config, f"--workdir={tmp_path / 'w'}", f"--config.dataset.data_dir={tmp_path}"]
   refused(capsys, argv, f"python -m cpsc_jax.datasets.prepare cifar10 --data_dir {tmp_path}")
+  assert not (tmp_path / "w").exists()
 
 
 def test_misfit_teachers_are_refused(capsys, tmp_path, digits_dir, finished):
@@ -256,7 +257,10 @@ def test_a_damaged_teacher_is_refused(capsys, tmp_path, digits_dir, finished):
 
 def test_a_workdir_that_cannot_be_used_is_refused(capsys, tmp_path, digits_dir):
   (tmp_path / "file").write_text("")
-  refused(capsys, command(tmp_path / "file" / "w", digits_dir)[1:], "cannot use")
+  refused(capsys, command(tmp_path / "file" / "w", digits_dir)[1:], "cannot ")
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "config.json").write_text("not json")
+  refused(capsys, command(tmp_path / "other", digits_dir)[1:], "cannot read")
 
 
 def test_non_finite_loss_ends_the_run(capsys, tmp_path, digits_dir, finished):
