@@ -65,7 +65,6 @@ def get_config(variant=""):
   c.loss = w = ml_collections.ConfigDict()
   w.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
   w.temperature = 0.07  # of the supervised contrast
-  w.label_smoothing = 0.0  # in both conditional cross-entropies
   w.generator = ml_collections.ConfigDict()
   w.generator.adversarial = 1.0  # -KL(teacher || student)
   w.generator.ikd = 5.0  # alpha: inverse distillation, logits far apart

@@ -1,4 +1,8 @@
-"""python -m cpsc_jax.main --config configs/digits.py"""
+"""python -m cpsc_jax.main --config configs/digits.py
+
+scikit-learn's 8x8 digits, WRN-16-1 (175 k parameters) -> WRN-10-1 (78 k).
+@EVIDENCE@
+"""
 
 from cpsc_jax.configs import default
 
@@ -12,18 +16,20 @@ def get_config(variant=""):
     c.teacher.epochs = 40
     c.teacher.batch_size = 64
     c.teacher.warmup_epochs = 1
+    c.teacher.label_smoothing = 0.1
     c.teacher.crop_pad = 1
     c.teacher.flip = False
     c.student.net = "wrn_10_1"
-    c.student.steps = 1
+    c.student.steps = 2
     c.student.warmup_epochs = 2
     c.generator.latent_dim = 64
     c.generator.width = 32
     c.generator.steps = 1
     c.generator.lr = 3e-4
+    c.generator.milestones = ()
     c.schedule.epochs = 60
-    c.schedule.iterations = 20
-    c.schedule.batch_size = 128
-    c.loss.generator.ce = 5.0
+    c.schedule.iterations = 40
+    c.schedule.batch_size = 64
+    c.loss.generator.ce = 4.0
     default.apply_variant(c, variant)
   return c

@@ -9,7 +9,7 @@ from cpsc_jax.algorithm import Method
 
 def method(config, train_head=False):
   g, s, form = config.loss.generator, config.loss.student, config.loss.ikd_form
-  double, smooth = config.quirks.double_softmax, config.loss.label_smoothing
+  double = config.quirks.double_softmax
   contrast = lambda student, v: losses.supervised_contrast(
     jnp.stack([student, v.teacher.features], axis=1), v.labels, config.loss.temperature
   )
@@ -18,12 +18,12 @@ def method(config, train_head=False):
     "ikd": (g.ikd, lambda v: losses.ikd_generator(v.teacher.logits, v.student.logits, form)),
     "bn": (g.bn, lambda v: losses.bn_statistics(v.moments, v.running)),
     "scl": (g.scl, lambda v: contrast(v.student.features, v)),
-    "ce": (g.ce, lambda v: losses.cross_entropy(v.teacher.logits, v.labels, double, smooth)),
+    "ce": (g.ce, lambda v: losses.cross_entropy(v.teacher.logits, v.labels, double)),
   }
   student_terms = {
     "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits)),
     "l2": (s.l2, lambda v: losses.ikd_student(v.teacher.logits, v.student.logits, form)),
-    "ce": (s.ce, lambda v: losses.cross_entropy(v.student.logits, v.labels, double, smooth)),
+    "ce": (s.ce, lambda v: losses.cross_entropy(v.student.logits, v.labels, double)),
     "head": (s.head if train_head else 0.0, lambda v: contrast(v.student.head_features, v)),
   }
   return Method(generator_terms, student_terms)

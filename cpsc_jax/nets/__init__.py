@@ -5,7 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from clu.parameter_overview import count_parameters
+from clu import parameter_overview
 
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
@@ -92,6 +92,10 @@ def feature_width(net, image_shape):
   """D of the net's features (N, D) on images of that shape; nothing is computed."""
   shape = lambda key, x: net.init_with_output(key, x, train=False)[0].features
   return jax.eval_shape(shape, jax.random.key(0), jnp.zeros((2, *image_shape))).shape[-1]
+
+
+def count_parameters(params):
+  return int(parameter_overview.count_parameters(params))
 
 
 def without_head(net, variables):
