@@ -40,6 +40,8 @@ def get_config(variant=""):
   c.student = s = ml_collections.ConfigDict()
   s.net = "resnet18"  # as teacher.net; where feature widths differ it is given a feature head
   s.steps = 5  # student updates per iteration
+  s.crop_pad = 0  # random crops of the synthetic images after padding by so many black pixels; 0: none, as published
+  s.flip = False  # random horizontal flips of the synthetic images
   s.lr = 0.1  # of SGD, at its highest
   s.momentum = 0.9  # of SGD
   s.weight_decay = 5e-4  # on every parameter

@@ -21,6 +21,7 @@ def get_config(variant=""):
     c.teacher.flip = False
     c.student.net = "wrn_10_1"
     c.student.steps = 2
+    c.student.crop_pad = 1
     c.student.warmup_epochs = 2
     c.generator.latent_dim = 64
     c.generator.width = 32

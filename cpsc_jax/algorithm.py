@@ -31,7 +31,8 @@ class Method:
 class Game:
   """What stays fixed while a distillation runs: the nets, the terms, the optimisers, the numbers of the schedule.
 
-  `quirks` is the config's section of that name: each switch is explained in configs/default.py.
+  `augment` is (key, images) -> images, applied to what the student learns from, or None. `quirks` is the config's
+  section of that name: each switch is explained in configs/default.py.
   """
 
   generator: Any  # this and the next two: a flax.linen.Module
@@ -45,6 +46,7 @@ class Game:
   batch_size: int
   generator_steps: int
   student_steps: int
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None
   quirks: Any
   mesh: jax.sharding.Mesh
 
@@ -74,6 +76,8 @@ def student_step(game, teacher):
   def step(state, key):
     z, y = draw(game, key)
     x, state = imagine(game, state, z, y)
+    if game.augment:
+      x = game.augment(jax.random.fold_in(key, 1), x)
     student, terms = student_update(game, teacher, state.student, x, y)
     return state.replace(student=student), terms
 

@@ -181,9 +181,19 @@ def build_game(config, mesh, teacher_net, card):
     batch_size=config.schedule.batch_size,
     generator_steps=generator_steps,
     student_steps=config.student.steps,
+    augment=augmentation(config, card),
     quirks=config.quirks,
     mesh=mesh,
   )
+
+
+def augmentation(config, card):
+  """(key, normalised images) -> images for student steps by the config, or None where it asks for none."""
+  c = config.student
+  if not (c.crop_pad or c.flip):
+    return None
+  black = -np.asarray(card["mean"]) / np.asarray(card["std"])
+  return lambda key, x: datasets.augment(key, x, c.crop_pad, c.flip, fill=black)
 
 
 def data_free_arm(config, game, teacher):

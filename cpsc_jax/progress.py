@@ -19,7 +19,8 @@ class Steps:
 
   def __init__(self, title, total, done=0):
     self.title, self.total, self.done, self.first = title, total, done, done
-    self.start = self.last_line = time.monotonic()
+    self.last_line = time.monotonic()
+    self.compiled = None  # when the first epoch was done; it holds the compilation and tells nothing of the others
     self.bar = None
     if sys.stdout.isatty():
       columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -31,7 +32,7 @@ class Steps:
     if self.bar:
       self.bar.start()
     else:
-      say(f"{self.title}: {self.total - self.done} epochs, compiling ...")
+      say(f"{self.title}: {self.total - self.done} epochs" + (", compiling ..." if self.done < self.total else ""))
     return self
 
   def __exit__(self, *_):
@@ -45,6 +46,11 @@ class Steps:
     if self.bar:
       self.bar.update(self.task, completed=self.done, note=note)
     elif now - self.last_line >= SECONDS_BETWEEN_LINES or self.done in (self.first + 1, self.total):
-      left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-      say(f"{self.title}: epoch {self.done}/{self.total}  {note}  {left:.0f} s left")
+      say(f"{self.title}: epoch {self.done}/{self.total}  {note}{self._left(now)}")
       self.last_line = now
+    self.compiled = self.compiled or now
+
+  def _left(self, now):
+    if self.compiled is None or self.done == self.total:
+      return ""
+    return f"  {(now - self.compiled) / (self.done - self.first - 1) * (self.total - self.done):.0f} s left"

@@ -44,7 +44,7 @@ def as_published(config):
   config.loss.temperature = 0.07
   config.loss.ikd_form = "log" if config.dataset.name == "cifar10" else "mse"
   config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999})
-  config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+  config.student.update({"crop_pad": 0, "flip": False, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
 
 
 def resolve(config, mesh):
@@ -70,6 +70,8 @@ def resolve(config, mesh):
   nets.classifier(config.student.net, spec.num_classes)
   nets.generator(config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width)
   check_divisible(mesh, "config.schedule.batch_size", config.schedule.batch_size)
+  if config.student.flip and not spec.photographs:
+    raise Refusal(f"config.student.flip must be False for '{config.dataset.name}': its classes do not survive a flip.")
   if not config.teacher.checkpoint:
     check_divisible(mesh, "config.teacher.batch_size", config.teacher.batch_size)
     if config.teacher.batch_size > spec.sizes["train"]:

@@ -79,7 +79,9 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
   key_init, key_run = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
   variables = nets.init(net, key_init, jnp.zeros((2, *spec.image_shape)))
   state = SupervisedState(step_counter(), key_run, algorithm.train_state(variables, tx))
-  prepare = lambda key, images: datasets.normalise(augment(key, images, c.crop_pad, c.flip), spec.mean, spec.std)
+  prepare = lambda key, images: datasets.normalise(
+    datasets.augment(key, images, c.crop_pad, c.flip), spec.mean, spec.std
+  )
   epoch = compile_epoch_on_data(
     {"teacher": label_update(net, tx, c.label_smoothing)}, prepare, c.batch_size, steps, mesh
   )
@@ -112,8 +114,8 @@ def real_arm(config, game, teacher_variables, card):
     update = lambda state, x, y: algorithm.student_update(game, teacher_variables, state, x, y)
   start = algorithm.initial_state(game, config.seed, spec.image_shape)
   state = SupervisedState(start.step, start.key, start.student)
-  flip = c.flip and spec.photographs
-  prepare = lambda key, images: datasets.normalise(augment(key, images, c.crop_pad, flip), card["mean"], card["std"])
+  vary = lambda key, images: datasets.augment(key, images, c.crop_pad, c.flip and spec.photographs)
+  prepare = lambda key, images: datasets.normalise(vary(key, images), card["mean"], card["std"])
   epoch = compile_epoch_on_data(
     {"student": update}, prepare, game.batch_size, config.schedule.iterations * game.student_steps, game.mesh
   )
@@ -163,18 +165,3 @@ def shuffled(key, size, count):
   rounds = -(-count // size)
   permute = lambda k: jax.random.permutation(k, size)
   return jax.vmap(permute)(jax.random.split(key, rounds)).reshape(-1)[:count]
-
-
-def augment(key, images, pad, flip):
-  """Random crops after padding by `pad` black pixels and, if `flip`, random horizontal flips: uint8 (N, H, W, K)."""
-  key_crop, key_flip = jax.random.split(key)
-  if pad:
-    n, h, w, k = images.shape
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    corners = jax.random.randint(key_crop, (n, 2), 0, 2 * pad + 1)
-    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, k))
-    images = jax.vmap(crop)(padded, corners)
-  if flip:
-    flipped = jax.random.bernoulli(key_flip, shape=(images.shape[0], 1, 1, 1))
-    images = jnp.where(flipped, images[:, :, ::-1], images)
-  return images

@@ -222,3 +222,26 @@ def test_real_cifar10(tmp_path):
     with np.load(tmp_path / f"cifar10_{split}.npz") as real:
       digest = lambda images, labels: sorted(zip(labels.tolist(), (hash(i.tobytes()) for i in images), strict=True))
       assert digest(np.asarray(ours.images), np.asarray(ours.labels)) == digest(real["image"], real["label"])
+
+
+def test_augmentation_crops_and_flips():
+  images = jnp.arange(2 * 4 * 4, dtype=jnp.uint8).reshape(2, 4, 4, 1) + 1
+  key = jax.random.key(0)
+  np.testing.assert_array_equal(datasets.augment(key, images, 0, False), images)
+  seen = set()
+  for seed in range(60):
+    cropped = np.asarray(datasets.augment(jax.random.key(seed), images, 1, False))
+    shifts = [
+      (dy, dx)
+      for dy in range(3)
+      for dx in range(3)
+      if np.array_equal(cropped[0], np.pad(images[0], ((1, 1), (1, 1), (0, 0)))[dy : dy + 4, dx : dx + 4])
+    ]
+    assert len(shifts) == 1
+    seen.update(shifts)
+  assert len(seen) == 9, "every shift occurs"
+  flips = [np.asarray(datasets.augment(jax.random.key(s), images, 0, True)) for s in range(20)]
+  assert all(np.array_equal(f[0], images[0]) or np.array_equal(f[0], images[0, :, ::-1]) for f in flips)
+  assert len({f[0].tobytes() for f in flips}) == 2
+  black = datasets.augment(key, jnp.ones((1, 2, 2, 2)), 2, False, fill=jnp.array([-1.0, -2.0]))
+  assert set(np.unique(black[..., 0])) <= {1.0, -1.0} and set(np.unique(black[..., 1])) <= {1.0, -2.0}

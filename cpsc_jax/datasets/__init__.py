@@ -121,6 +121,25 @@ def denormalise(x, mean, std):
   return np.clip(np.asarray(x) * np.asarray(std) + np.asarray(mean), 0.0, 1.0)
 
 
+def augment(key, images, pad, flip, fill=0):
+  """Random crops after padding by `pad` pixels of `fill` and, if `flip`, random horizontal flips of (N, H, W, K).
+
+  `fill` is a number or one per channel, black in the images' own scale.
+  """
+  key_crop, key_flip = jax.random.split(key)
+  if pad:
+    n, h, w, k = images.shape
+    canvas = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (n, h + 2 * pad, w + 2 * pad, k))
+    padded = canvas.at[:, pad : pad + h, pad : pad + w].set(images)
+    corners = jax.random.randint(key_crop, (n, 2), 0, 2 * pad + 1)
+    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, k))
+    images = jax.vmap(crop)(padded, corners)
+  if flip:
+    flipped = jax.random.bernoulli(key_flip, shape=(images.shape[0], 1, 1, 1))
+    images = jnp.where(flipped, images[:, :, ::-1], images)
+  return images
+
+
 def _load(name, split, data_dir):
   source = _builder(name, resolve_data_dir(data_dir)).as_data_source(split=split)
   images = np.empty((len(source), *describe(name).image_shape), np.uint8)
