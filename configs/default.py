@@ -67,6 +67,8 @@ def get_config(variant=""):
   c.loss = w = ml_collections.ConfigDict()
   w.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
   w.temperature = 0.07  # of the supervised contrast
+  # the generator's cross-entropy leaves alone the samples whose class the teacher gives this probability; 1: never
+  w.confidence = 1.0
   w.generator = ml_collections.ConfigDict()
   w.generator.adversarial = 1.0  # -KL(teacher || student)
   w.generator.ikd = 5.0  # alpha: inverse distillation, logits far apart

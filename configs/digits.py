@@ -13,10 +13,9 @@ def get_config(variant=""):
     c.name = "digits"
     c.dataset.name = "digits"
     c.teacher.net = "wrn_16_1"
-    c.teacher.epochs = 50
+    c.teacher.epochs = 40
     c.teacher.batch_size = 64
     c.teacher.warmup_epochs = 1
-    c.teacher.weight_decay = 2e-3
     c.teacher.label_smoothing = 0.05
     c.teacher.crop_pad = 1
     c.teacher.flip = False
@@ -32,6 +31,7 @@ def get_config(variant=""):
     c.schedule.epochs = 60
     c.schedule.iterations = 40
     c.schedule.batch_size = 64
+    c.loss.confidence = 0.4
     c.loss.generator.ce = 4.0
     default.apply_variant(c, variant)
   return c

@@ -57,6 +57,19 @@ def cross_entropy(logits_NC, labels_N, double_softmax=False, label_smoothing=0.0
   return jnp.mean(optax.softmax_cross_entropy(scores, targets))
 
 
+def cross_entropy_until_confident(logits_NC, labels_N, confidence, double_softmax=False):
+  """`cross_entropy` that leaves alone the samples whose label already has probability `confidence`: ().
+
+  The other samples count as ever, divided by the whole batch; at 1 it is the plain cross-entropy. What is left alone
+  may roam its class, where a plain cross-entropy goes on pulling every sample to the class's most typical one.
+  """
+  probabilities = jax.nn.softmax(logits_NC)
+  scores = probabilities if double_softmax else logits_NC
+  each = optax.softmax_cross_entropy_with_integer_labels(scores, labels_N)
+  reached = jnp.take_along_axis(probabilities, labels_N[:, None], axis=1)[:, 0] >= confidence
+  return jnp.mean(jnp.where(stop_gradient(reached), 0.0, each))
+
+
 def supervised_contrast(views_NVD, labels_N=None, temperature=0.07):
   """Supervised contrastive loss over all views of all samples, () from (N, V, D) and (N,).
 

@@ -41,7 +41,7 @@ def as_published(config):
     config.quirks[quirk] = True
   config.loss.generator.update({"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7})
   config.loss.student.update({"kd": 1.0, "l2": 5.0, "ce": 0.7, "head": 0.0})
-  config.loss.temperature = 0.07
+  config.loss.temperature, config.loss.confidence = 0.07, 1.0
   config.loss.ikd_form = "log" if config.dataset.name == "cifar10" else "mse"
   config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999})
   config.student.update({"crop_pad": 0, "flip": False, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})

@@ -121,3 +121,21 @@ def test_bn_statistics():
   want = sum(np.linalg.norm(seen[k][s] - running[k][s]) for k in seen for s in ("mean", "var"))
   assert float(losses.bn_statistics(seen, running)) == pytest.approx(want, rel=1e-6)
   assert float(losses.bn_statistics({}, {})) == 0.0
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_cross_entropy_until_confident(logits, double):
+  t, _, y = logits
+  p = softmax(t)[np.arange(6), y]
+  each = -np.log(softmax(softmax(t) if double else t))[np.arange(6), y]
+  threshold = float(np.median(p))
+  want = np.sum(each[p < threshold]) / 6
+  function = lambda x: losses.cross_entropy_until_confident(x, jnp.asarray(y), threshold, double)
+  with jax.enable_x64(True):
+    value, grad = jax.value_and_grad(function)(jnp.asarray(t))
+    assert float(value) == pytest.approx(want, rel=1e-9)
+    plain = losses.cross_entropy(jnp.asarray(t), jnp.asarray(y), double)
+    assert float(losses.cross_entropy_until_confident(jnp.asarray(t), jnp.asarray(y), 1.0, double)) == pytest.approx(
+      float(plain), rel=1e-9
+    )
+  assert not np.any(grad[p >= threshold]) and np.all(np.any(grad[p < threshold], axis=1))

@@ -9,7 +9,7 @@ from cpsc_jax.algorithm import Method
 
 def method(config, train_head=False):
   g, s, form = config.loss.generator, config.loss.student, config.loss.ikd_form
-  double = config.quirks.double_softmax
+  double, confidence = config.quirks.double_softmax, config.loss.confidence
   contrast = lambda student, v: losses.supervised_contrast(
     jnp.stack([student, v.teacher.features], axis=1), v.labels, config.loss.temperature
   )
@@ -18,7 +18,7 @@ def method(config, train_head=False):
     "ikd": (g.ikd, lambda v: losses.ikd_generator(v.teacher.logits, v.student.logits, form)),
     "bn": (g.bn, lambda v: losses.bn_statistics(v.moments, v.running)),
     "scl": (g.scl, lambda v: contrast(v.student.features, v)),
-    "ce": (g.ce, lambda v: losses.cross_entropy(v.teacher.logits, v.labels, double)),
+    "ce": (g.ce, lambda v: losses.cross_entropy_until_confident(v.teacher.logits, v.labels, confidence, double)),
   }
   student_terms = {
     "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits)),
