@@ -28,10 +28,9 @@ def get_config(variant=""):
     c.generator.steps = 1
     c.generator.lr = 3e-4
     c.generator.milestones = ()
-    c.schedule.epochs = 60
+    c.schedule.epochs = 75
     c.schedule.iterations = 40
     c.schedule.batch_size = 64
-    c.loss.confidence = 0.4
     c.loss.generator.ce = 4.0
     default.apply_variant(c, variant)
   return c
