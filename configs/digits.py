@@ -1,7 +1,9 @@
 """python -m cpsc_jax.main --config configs/digits.py
 
 scikit-learn's 8x8 digits, WRN-16-1 (175 k parameters) -> WRN-10-1 (78 k).
-@EVIDENCE@
+Measured on 2 CPU cores, seeds 0, 1, 2, last epoch: teacher @T, student @S, label fidelity @F, about 113 s a run;
+README.md has the table, the controls and what the balance took. Of the quirks, `student_trains_in_generator_step` was
+tried alone and made no clear difference; all of them together are the reference row of that table.
 """
 
 from cpsc_jax.configs import default

@@ -122,9 +122,10 @@ def check_finite(plan, epoch, terms):
 
 
 def named(terms):
-  """("player/term", values) pairs of a tree of terms."""
+  """("player/term", values) pairs of a tree of terms; a player who took no step has none."""
   for path, values in jax.tree_util.tree_leaves_with_path(terms):
-    yield "/".join(str(key.key) for key in path), values
+    if values.size:
+      yield "/".join(str(key.key) for key in path), values
 
 
 def last_total(means):

@@ -128,6 +128,7 @@ def test_control_arms(finished, digits_dir, tmp_path, arm):
   else:
     assert results["generator"] is None and not (tmp_path / arm / "samples.png").exists()
   assert ("student/kd" in terms) == (arm != "real_labels")
+  assert not any(name.startswith("generator") for name in terms), "no generator step was taken"
 
 
 def test_reference_mode_runs(finished, digits_dir, tmp_path):
