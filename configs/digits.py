@@ -22,17 +22,18 @@ def get_config(variant=""):
     c.teacher.crop_pad = 1
     c.teacher.flip = False
     c.student.net = "wrn_10_1"
-    c.student.steps = 2
-    c.student.crop_pad = 1
+    c.student.steps = 1
+    c.student.lr = 0.2
     c.student.warmup_epochs = 2
     c.generator.latent_dim = 64
     c.generator.width = 32
     c.generator.steps = 1
     c.generator.lr = 3e-4
     c.generator.milestones = ()
-    c.schedule.epochs = 75
-    c.schedule.iterations = 40
-    c.schedule.batch_size = 64
-    c.loss.generator.ce = 4.0
+    c.schedule.epochs = 80
+    c.schedule.iterations = 20
+    c.schedule.batch_size = 128
+    c.loss.generator.ce = 5.0
+    c.quirks.student_trains_in_generator_step = True
     default.apply_variant(c, variant)
   return c
