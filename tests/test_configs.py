@@ -56,8 +56,9 @@ def test_reference_turns_everything_on():
   assert all(resolved.quirks.values()) and resolved.precision == "float16"
   assert resolved.loss.generator.to_dict() == {"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7}
   assert resolved.generator.lr == 1e-3
-  assert not any(digits.get_config().quirks.values()), "resolving must not touch the config it was given"
+  assert not config.quirks.fresh_adam, "resolving must not touch the config it was given"
   config.dataset.name = "cifar10"
+  assert not any(default.get_config().quirks.values())
   assert settings.resolve(config, make_mesh()).loss.ikd_form == "log"
 
 
