@@ -50,6 +50,7 @@ def run(config, workdir, started=None):
     evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=config.evaluate.batch_size, mesh=mesh
   )
   teacher_says = classify(teacher_net)(teacher, test.images)
+  teacher_accuracy = float(evaluate.share_equal(teacher_says, test.labels))
   student_net = nets.without_head(game.student, {})[0]
   student_says = classify(student_net)
   sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
@@ -64,7 +65,7 @@ def run(config, workdir, started=None):
   student_of = lambda state: nets.without_head(game.student, trained(state).variables)[1]
   say(
     f"{config.arm}: {card['net']} ({nets.count_parameters(teacher['params']):,} parameters,"
-    f" accuracy {float(evaluate.share_equal(teacher_says, test.labels)):.4f}) -> {config.student.net}"
+    f" accuracy {teacher_accuracy:.4f}) -> {config.student.net}"
     f" ({nets.count_parameters(student_of(state)['params']):,} parameters)"
   )
 
@@ -114,7 +115,6 @@ def run(config, workdir, started=None):
   scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
   figures = lambda e: {k: scored[e][k] for k in ("epoch", "accuracy", "agreement")}
   last, best = figures(config.schedule.epochs), figures(outcome.best_epoch)
-  teacher_accuracy = float(evaluate.share_equal(teacher_says, test.labels))
   headline = "best" if config.quirks.report_best else "last"
   drawn = config.schedule.epochs * config.schedule.iterations * config.schedule.batch_size
   results = {

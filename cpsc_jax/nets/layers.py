@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cpsc_jax.nets.convolution import conv_general_dilated
+from cpsc_jax.state import Output
 
 
 def conv(
@@ -135,6 +136,16 @@ def unit(features_ND):
   x = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
   squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
+
+
+def outputs(x, stages, num_classes, name):
+  """How every classifier ends: global average, linear layer `name`, features of unit length.
+
+  Called inside a module's compact scope with its last map (N, H, W, K) and its stages.
+  """
+  pooled = jnp.mean(x, (1, 2))
+  wide = pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return Output(linear(num_classes, pooled.shape[-1], name=name)(wide), unit(pooled), tuple(stages))
 
 
 def upsample(x, factor=2):

@@ -3,10 +3,8 @@
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from cpsc_jax.nets.layers import BatchNorm, conv, linear, unit
-from cpsc_jax.state import Output
+from cpsc_jax.nets.layers import BatchNorm, conv, outputs
 
 
 class BasicBlock(nn.Module):
@@ -63,11 +61,7 @@ class ResNet(nn.Module):
         stride = 2 if stage > 0 and block == 0 else 1
         x = self.block(64 * 2**stage, stride, self.dtype, name=f"layer{stage + 1}_{block}")(x, train)
       stages.append(x)
-    pooled = jnp.mean(x, (1, 2))
-    logits = linear(self.num_classes, pooled.shape[-1], name="linear")(
-      pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
-    )
-    return Output(logits, unit(pooled), tuple(stages))
+    return outputs(x, stages, self.num_classes, "linear")
 
 
 def resnet18(num_classes, dtype=None):

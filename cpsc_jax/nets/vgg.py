@@ -3,10 +3,8 @@
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from cpsc_jax.nets.layers import BatchNorm, conv, linear, max_pool, unit
-from cpsc_jax.state import Output
+from cpsc_jax.nets.layers import BatchNorm, conv, max_pool, outputs
 
 
 class VGG(nn.Module):
@@ -30,11 +28,7 @@ class VGG(nn.Module):
       stages.append(x)
       if stage < 3 or (stage == 3 and height == 64):
         x = max_pool(x)
-    pooled = jnp.mean(x, (1, 2))
-    logits = linear(self.num_classes, pooled.shape[-1], name="classifier")(
-      pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
-    )
-    return Output(logits, unit(pooled), tuple(stages))
+    return outputs(x, stages, self.num_classes, "classifier")
 
 
 def vgg11(num_classes, dtype=None):

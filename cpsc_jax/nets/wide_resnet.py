@@ -3,10 +3,8 @@
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from cpsc_jax.nets.layers import BatchNorm, conv, linear, unit
-from cpsc_jax.state import Output
+from cpsc_jax.nets.layers import BatchNorm, conv, outputs
 
 
 class Block(nn.Module):
@@ -43,8 +41,4 @@ class WideResNet(nn.Module):
         x = Block(width * self.widen, stride, self.dtype, name=f"block{group}_{block}")(x, train)
       stages.append(x)
     x = nn.relu(BatchNorm(name="bn1")(x, train))
-    pooled = jnp.mean(x, (1, 2))
-    logits = linear(self.num_classes, pooled.shape[-1], name="fc")(
-      pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
-    )
-    return Output(logits, unit(pooled), tuple(stages))
+    return outputs(x, stages, self.num_classes, "fc")
