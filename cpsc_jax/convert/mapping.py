@@ -1,0 +1,142 @@
+"""PyTorch state dicts into this package's variables and back, strictly: every key used once, every shape equal.
+
+The mapping is driven by the network's own tree: each leaf names the one PyTorch key that fills it.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cpsc_jax.errors import Refusal
+
+NAMED_AT_MOST = 20  # keys of one kind in a refusal
+
+
+class Naming(NamedTuple):
+  """How a PyTorch family calls and stores what our nets hold.
+
+  Attributes:
+    modules: rows (pattern, replacement): module path of a leaf, joined by "/", -> PyTorch module. First match counts.
+    layouts: module path -> `Layout`, where the arrays are stored in another order than PyTorch's usual one.
+  """
+
+  modules: tuple
+  layouts: dict = {}
+
+
+class Layout(NamedTuple):
+  """(leaf name, array, channels of the generator's first map) -> array; `to_torch` undoes `to_jax` bit for bit."""
+
+  to_jax: callable
+  to_torch: callable
+
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+TABLES = {"scale": "weights.weight", "bias": "biases.weight"}  # of a categorical batch norm
+
+
+def from_torch(state_dict, like, naming):
+  """Variables of a net from a PyTorch state dict of NumPy arrays.
+
+  `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen
+  keys.
+  """
+  unused = {key for key in state_dict if not key.endswith("num_batches_tracked")}
+  width, missing, misshapen = _first_width(like), [], []
+
+  def fill(path, want):
+    module, leaf = _split(path)
+    key = _torch_key(module, leaf, len(want.shape), naming)
+    if key not in state_dict:
+      missing.append(key)
+      return want
+    unused.discard(key)
+    layout = naming.layouts.get(module, PLAIN)
+    array = np.asarray(state_dict[key])
+    expected = layout.to_torch(leaf, np.broadcast_to(0.0, want.shape), width).shape
+    if array.shape != expected:
+      misshapen.append(f"{key} {array.shape}, not {expected}")
+      return want
+    return layout.to_jax(leaf, array, width)
+
+  variables = jax.tree_util.tree_map_with_path(fill, like)
+  if missing or unused or misshapen:
+    parts = (("missing", missing), ("unexpected", sorted(unused)), ("of another shape", misshapen))
+    raise Refusal("the PyTorch weights do not fit: " + "; ".join(f"{k}: {_named(v)}" for k, v in parts if v) + ".")
+  return variables
+
+
+def to_torch(variables, naming):
+  """{PyTorch key: NumPy array} of a net's variables; `load_state_dict` takes it with strict=True."""
+  width, state_dict = _first_width(variables), {}
+  for path, value in jax.tree_util.tree_leaves_with_path(variables):
+    module, leaf = _split(path)
+    key = _torch_key(module, leaf, np.ndim(value), naming)
+    array = naming.layouts.get(module, PLAIN).to_torch(leaf, np.asarray(value), width)
+    state_dict[key] = np.ascontiguousarray(array).reshape(array.shape)
+    if leaf == "mean":
+      state_dict[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+  return state_dict
+
+
+def _split(path):
+  _, *module, leaf = (str(part.key) for part in path)
+  return "/".join(module), leaf
+
+
+def _torch_key(module, leaf, ndim, naming):
+  if module.startswith("net/"):  # what a feature head wraps
+    return "model." + _torch_key(module.removeprefix("net/"), leaf, ndim, naming)
+  for pattern, replacement in (*naming.modules, (r"head_(\d)", r"head.\1"), (r"\w+", lambda m: m[0])):
+    match = re.fullmatch(pattern, module)
+    if match:
+      name = replacement(match) if callable(replacement) else match.expand(replacement)
+      return f"{name}.{TABLES[leaf] if ndim == 2 and leaf in TABLES else LEAVES[leaf]}"
+  raise KeyError(module)
+
+
+def _named(keys):
+  more = len(keys) - NAMED_AT_MOST
+  return ", ".join(key[:200] for key in keys[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_width(variables):
+  """Channels of a generator's first map; 0 for a classifier."""
+  first = variables["params"].get("cbn0")
+  return first["scale"].shape[1] if first else 0
+
+
+def _plain_to_jax(leaf, array, _):
+  if leaf != "kernel":
+    return array
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T  # OIHW -> HWIO, (out, in) -> (in, out)
+
+
+def _plain_to_torch(leaf, array, _):
+  if leaf != "kernel":
+    return array
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _rows_to_jax(leaf, array, width):
+  """Reorders the outputs of a linear layer whose result PyTorch reads as (K, side, side) and we as (side, side, K)."""
+  side = int((array.shape[0] // width) ** 0.5)
+  rows = array.reshape(width, side, side, -1).transpose(1, 2, 0, 3)
+  return _plain_to_jax(leaf, rows.reshape(array.shape), width)
+
+
+def _rows_to_torch(leaf, array, width):
+  array = _plain_to_torch(leaf, array, width)
+  side = int((array.shape[0] // width) ** 0.5)
+  return array.reshape(side, side, width, -1).transpose(2, 0, 1, 3).reshape(array.shape)
+
+
+PLAIN = Layout(_plain_to_jax, _plain_to_torch)
+ROWS = Layout(_rows_to_jax, _rows_to_torch)
+# PyTorch stores (in, out, h, w) and turns the kernel by 180 degrees.
+TRANSPOSED = Layout(
+  lambda leaf, array, _: array[:, :, ::-1, ::-1].transpose(2, 3, 0, 1),
+  lambda leaf, array, _: array.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1],
+)
