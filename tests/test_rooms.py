@@ -20,7 +20,7 @@ ROOMS = {
   "algorithm": {"state", "nets", "optim", "mesh"},
   "methods": {"errors", "algorithm", "state", "losses"},
   "checkpoint": {"errors", "state"},
-  "convert": {"errors", "nets"},
+  "convert": {"errors", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},

@@ -1,5 +1,7 @@
 """Plain PyTorch versions of the networks, written from their published definitions, to test against."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -109,6 +111,135 @@ class VGG(nn.Module):
       if stage < 3 or (stage == 3 and height == 64):
         x = F.max_pool2d(x, 2)
     f = x.mean((2, 3))
+    return self.classifier(f), F.normalize(f)
+
+
+class ThinBlock(nn.Module):
+  def __init__(self, inside, width, stride, free):
+    super().__init__()
+    self.conv1, self.bn1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+    self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+    self.free, self.extra = free, (width - inside) // 2
+    self.shortcut = nn.Sequential()
+    if not free and (stride != 1 or inside != width):
+      self.shortcut = nn.Sequential(nn.Conv2d(inside, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+  def forward(self, x):
+    h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    if self.free and self.extra:
+      empty = x.new_zeros(x.shape[0], self.extra, *h.shape[2:])
+      x = torch.cat([empty, x[:, :, ::2, ::2], empty], 1)
+    y = h + self.shortcut(x)
+    return F.relu(y) if self.free else y
+
+
+class ThinResNet(nn.Module):
+  """The 6n + 2 CIFAR network with free shortcuts, or (not free) the one with a wide stem and 4x4 pooling."""
+
+  def __init__(self, depth, classes, free):
+    super().__init__()
+    self.free, inside = free, 16 if free else 64
+    self.conv1, self.bn1 = nn.Conv2d(3, inside, 3, 1, 1, bias=False), nn.BatchNorm2d(inside)
+    for stage, width in enumerate((16, 32, 64), start=1):
+      blocks = []
+      for i in range((depth - 2) // 6):
+        blocks.append(ThinBlock(inside, width, 2 if stage > 1 and not i else 1, free))
+        inside = width
+      setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+    self.linear = nn.Linear(64 if free else 256, classes)
+
+  def forward(self, x):
+    x = F.relu(self.bn1(self.conv1(x)))
+    for stage in range(1, 4):
+      x = F.relu(getattr(self, f"layer{stage}")(x))
+    f = x.mean((2, 3)) if self.free else F.avg_pool2d(x, 4).flatten(1)
+    return self.linear(f), F.normalize(f)
+
+
+class ImageNetResNet(ResNet):
+  """torchvision's names and stem around the same blocks."""
+
+  def __init__(self, counts, classes, bottleneck=False):
+    super().__init__(counts, classes, bottleneck)
+    self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    self.fc = self.linear
+    del self.linear
+    for child in self.modules():
+      if isinstance(child, Residual):
+        if len(child.shortcut):
+          child.downsample = child.shortcut
+        del child.shortcut
+        child.forward = partial(ImageNetResNet.block, child)
+
+  @staticmethod
+  def block(child, x):
+    h = x
+    for i in range(1, child.count + 1):
+      h = getattr(child, f"bn{i}")(getattr(child, f"conv{i}")(h))
+      h = F.relu(h) if i < child.count else h
+    return F.relu(h + (child.downsample(x) if hasattr(child, "downsample") else x))
+
+  def forward(self, x):
+    x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+    for stage in range(1, 5):
+      x = getattr(self, f"layer{stage}")(x)
+    f = x.mean((2, 3))
+    return self.fc(f), F.normalize(f)
+
+
+class ImageNetVGG(nn.Module):
+  def __init__(self, counts, classes):
+    super().__init__()
+    layers, inside = [], 3
+    for count, width in zip(counts, (64, 128, 256, 512, 512), strict=True):
+      for _ in range(count):
+        layers += [nn.Conv2d(inside, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        inside = width
+      layers.append(nn.MaxPool2d(2))
+    self.features = nn.Sequential(*layers)
+    self.classifier = nn.Sequential(
+      nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Identity(), nn.Linear(4096, 4096), nn.ReLU(), nn.Identity()
+    )
+    self.classifier.append(nn.Linear(4096, classes))
+
+  def forward(self, x):
+    x = F.adaptive_avg_pool2d(self.features(x), 7).flatten(1)
+    f = self.classifier[:6](x)
+    return self.classifier[6](f), F.normalize(f)
+
+
+class Inverted(nn.Module):
+  def __init__(self, inside, width, stride, expansion):
+    super().__init__()
+    hidden, layers = inside * expansion, []
+    if expansion > 1:
+      layers.append(nn.Sequential(nn.Conv2d(inside, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()))
+    depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+    layers.append(nn.Sequential(depthwise, nn.BatchNorm2d(hidden), nn.ReLU6()))
+    self.conv = nn.Sequential(*layers, nn.Conv2d(hidden, width, 1, bias=False), nn.BatchNorm2d(width))
+    self.adds = stride == 1 and inside == width
+
+  def forward(self, x):
+    return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+  def __init__(self, classes):
+    super().__init__()
+    layers, inside = [nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())], 32
+    for expansion, width, count, stride in (
+      *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+      *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+    ):
+      for i in range(count):
+        layers.append(Inverted(inside, width, 1 if i else stride, expansion))
+        inside = width
+    layers.append(nn.Sequential(nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()))
+    self.features = nn.Sequential(*layers)
+    self.classifier = nn.Sequential(nn.Identity(), nn.Linear(1280, classes))
+
+  def forward(self, x):
+    f = self.features(x).mean((2, 3))
     return self.classifier(f), F.normalize(f)
 
 

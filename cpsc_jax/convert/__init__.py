@@ -1,48 +1,39 @@
 """PyTorch checkpoints into teachers (`python -m cpsc_jax.convert`), and any net back under PyTorch's own names."""
 
-import re
-
 from cpsc_jax.convert import families, mapping
-from cpsc_jax.errors import Refusal
 
-# Net names (a pattern) -> the naming that `to_torch` uses for it.
-NAMINGS = {
-  r"wrn_\d+_\d+|resnet\d+|vgg\d+": families.ZOO,
-  r"(cifar|small)_resnet\d+": families.ZOO,
-  r"imagenet_resnet\d+": families.TORCHVISION_RESNET,
-  r"imagenet_vgg\d+|mobilenet_v2": families.TORCHVISION_NUMBERED,
-  r"cifar": families.CIFAR_GENERATOR,
-  r"dcgan": families.DCGAN_GENERATOR,
-}
+
+def from_torch(name, state_dict, like):
+  """Variables of a net from a PyTorch state dict of NumPy arrays, every key used once and every shape equal.
+
+  Args:
+    name: of the net in `cpsc_jax.nets`, whose default family gives the keys, or a row of `families.FAMILIES`.
+    state_dict: {PyTorch key: NumPy array}, without prefixes; num_batches_tracked is passed over.
+    like: {"params", "batch_stats"} of arrays or shapes.
+
+  Raises:
+    Refusal: listing missing, unexpected and misshapen keys; or no such net.
+  """
+  return mapping.from_torch(state_dict, like, _naming(name))
 
 
 def to_torch(name, variables):
-  """{PyTorch key: NumPy array} of the net called `name` in `cpsc_jax.nets`, under the names of its PyTorch family.
+  """{PyTorch key: NumPy array} of a net's variables {"params", "batch_stats"}; the inverse of `from_torch`.
 
-  `variables` is {"params", "batch_stats"}; the result includes num_batches_tracked, so that strict loading takes it.
-
-  Raises:
-    Refusal: no such net.
+  The result has num_batches_tracked too, so that strict loading takes it.
   """
   return mapping.to_torch(variables, _naming(name))
 
 
 def classifier_from_torch(state_dict, like):
-  """Variables of a zoo classifier (or one under a feature head) from a PyTorch state dict of NumPy arrays.
-
-  `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen
-  keys.
-  """
+  """`from_torch` for the data-free distillation zoo: its ResNet, wide ResNet or VGG, also under a feature head."""
   return mapping.from_torch(state_dict, like, families.ZOO)
 
 
 def generator_from_torch(state_dict, like):
-  """Variables of either generator of the published code, as `classifier_from_torch`."""
-  return mapping.from_torch(state_dict, like, _naming("cifar" if "l1.0.weight" in state_dict else "dcgan"))
+  """`from_torch` for either generator of the published code."""
+  return from_torch("cifar" if "l1.0.weight" in state_dict else "dcgan", state_dict, like)
 
 
 def _naming(name):
-  for pattern, naming in NAMINGS.items():
-    if re.fullmatch(pattern, name):
-      return naming
-  raise Refusal(f"no PyTorch names are known for net '{name}'.")
+  return (families.FAMILIES[name] if name in families.FAMILIES else families.of(name)).naming

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
 from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator
 from cpsc_jax.nets.layers import FeatureHead, observe_batch_norm
+from cpsc_jax.nets.mobilenet import MobileNetV2
+from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
 
 NETS = {
@@ -20,13 +23,23 @@ NETS = {
   "vgg11": vgg.vgg11,
   "vgg13": vgg.vgg13,
   "vgg16": vgg.vgg16,
+  "imagenet_resnet18": partial(resnet.resnet18, imagenet=True),
+  "imagenet_resnet34": partial(resnet.resnet34, imagenet=True),
+  "imagenet_resnet50": partial(resnet.resnet50, imagenet=True),
+  "imagenet_vgg11": vgg.imagenet_vgg11,
+  "imagenet_vgg13": vgg.imagenet_vgg13,
+  "imagenet_vgg16": vgg.imagenet_vgg16,
+  "imagenet_vgg19": vgg.imagenet_vgg19,
+  "mobilenet_v2": MobileNetV2,
 }
+
+THIN = {"cifar": CifarResNet, "small": SmallResNet}
 
 GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator}
 
 
 def classifier(name, num_classes, dtype=None):
-  """The classifier called `name`: a row of NETS, or wrn_D_K for any depth D = 6n + 4 and width K.
+  """The classifier called `name`: a row of NETS, wrn_D_K (D = 6n + 4), or cifar_resnetD or small_resnetD (D = 6n + 2).
 
   Raises:
     Refusal: the name is none of these.
@@ -37,8 +50,15 @@ def classifier(name, num_classes, dtype=None):
     if depth < 10 or (depth - 4) % 6 or widen < 1:
       raise Refusal(f"no net '{name}': the depth of a wide ResNet is 6n + 4 (10, 16, 22, 28, 40, ...), its width >= 1.")
     return WideResNet(depth, widen, num_classes, dtype)
+  thin = re.fullmatch(r"(cifar|small)_resnet(\d+)", name)
+  if thin:
+    depth = int(thin[2])
+    if depth < 8 or (depth - 2) % 6:
+      raise Refusal(f"no net '{name}': the depth of such a ResNet is 6n + 2 (8, 14, 20, 26, 32, 44, 56, 110, ...).")
+    return THIN[thin[1]](depth, num_classes, dtype)
   if name not in NETS:
-    raise Refusal(f"no net '{name}'; choose one of {', '.join(NETS)}, wrn_D_K{suggestion(name, NETS)}.")
+    others = "wrn_D_K, cifar_resnetD, small_resnetD"
+    raise Refusal(f"no net '{name}'; choose one of {', '.join(NETS)}, {others}{suggestion(name, NETS)}.")
   return NETS[name](num_classes, dtype)
 
 

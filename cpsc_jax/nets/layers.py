@@ -12,7 +12,15 @@ from cpsc_jax.state import Output
 
 
 def conv(
-  features, kernel=3, stride=1, use_bias=False, dtype=None, name=None, init=None, bias_init=nn.initializers.zeros
+  features,
+  kernel=3,
+  stride=1,
+  use_bias=False,
+  dtype=None,
+  name=None,
+  init=None,
+  bias_init=nn.initializers.zeros,
+  groups=1,
 ):
   """k x k convolution with PyTorch's symmetric padding k // 2 (not 'SAME', which differs at stride 2)."""
   return nn.Conv(
@@ -24,6 +32,7 @@ def conv(
     dtype=dtype,
     kernel_init=init or nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
     bias_init=bias_init,
+    feature_group_count=groups,
     conv_general_dilated=conv_general_dilated,
     name=name,
   )
@@ -139,13 +148,17 @@ def unit(features_ND):
 
 
 def outputs(x, stages, num_classes, name):
-  """How every classifier ends: global average, linear layer `name`, features of unit length.
+  """How most classifiers end: global average of the last map (N, H, W, K), then `classify`."""
+  return classify(jnp.mean(x, (1, 2)), stages, num_classes, name)
 
-  Called inside a module's compact scope with its last map (N, H, W, K) and its stages.
+
+def classify(features_ND, stages, num_classes, name):
+  """How every classifier ends: linear layer `name` on the features, and the features at unit length.
+
+  Called inside a module's compact scope.
   """
-  pooled = jnp.mean(x, (1, 2))
-  wide = pooled.astype(jnp.promote_types(x.dtype, jnp.float32))
-  return Output(linear(num_classes, pooled.shape[-1], name=name)(wide), unit(pooled), tuple(stages))
+  wide = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
+  return Output(linear(num_classes, wide.shape[-1], name=name)(wide), unit(features_ND), tuple(stages))
 
 
 def upsample(x, factor=2):

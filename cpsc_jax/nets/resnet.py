@@ -1,4 +1,4 @@
-"""CIFAR ResNet-18/34/50 (He et al., CVPR 2016): 3x3 stem of 64 channels, no max-pooling."""
+"""ResNet-18/34/50 (He et al., CVPR 2016): for small images with a 3x3 stem and no max-pooling, or for ImageNet."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class BasicBlock(nn.Module):
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
     h = nn.relu(BatchNorm(name="bn1")(h, train))
     h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
-    return nn.relu(h + _shortcut(x, self.width, self.stride, self.dtype, train))
+    return nn.relu(h + projected(x, self.width, self.stride, self.dtype, train))
 
 
 class Bottleneck(nn.Module):
@@ -34,10 +34,10 @@ class Bottleneck(nn.Module):
     h = nn.relu(BatchNorm(name="bn2")(h, train))
     width = self.width * self.expansion
     h = BatchNorm(name="bn3")(conv(width, 1, dtype=self.dtype, name="conv3")(h), train)
-    return nn.relu(h + _shortcut(x, width, self.stride, self.dtype, train))
+    return nn.relu(h + projected(x, width, self.stride, self.dtype, train))
 
 
-def _shortcut(x, width, stride, dtype, train):
+def projected(x, width, stride, dtype, train):
   """The input itself, or its 1x1 projection where stride or width change; called inside a block's compact scope."""
   if stride == 1 and x.shape[-1] == width:
     return x
@@ -45,16 +45,23 @@ def _shortcut(x, width, stride, dtype, train):
 
 
 class ResNet(nn.Module):
-  """(N, H, W, K) -> `Output` with four stages of 64, 128, 256, 512 channels (times 4 with bottlenecks)."""
+  """(N, H, W, K) -> `Output` with four stages of 64, 128, 256, 512 channels (times 4 with bottlenecks).
+
+  With `imagenet` the stem is a 7x7 convolution and a 3x3 max-pooling, both of stride 2, as in torchvision.
+  """
 
   blocks: tuple[int, ...]
   block: type[nn.Module]
   num_classes: int
   dtype: Any = None
+  imagenet: bool = False
 
   @nn.compact
   def __call__(self, x, train: bool):
-    x = nn.relu(BatchNorm(name="bn1")(conv(64, dtype=self.dtype, name="conv1")(x), train))
+    kernel, stride = (7, 2) if self.imagenet else (3, 1)
+    x = nn.relu(BatchNorm(name="bn1")(conv(64, kernel, stride, dtype=self.dtype, name="conv1")(x), train))
+    if self.imagenet:
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     stages = []
     for stage, count in enumerate(self.blocks):
       for block in range(count):
@@ -64,13 +71,13 @@ class ResNet(nn.Module):
     return outputs(x, stages, self.num_classes, "linear")
 
 
-def resnet18(num_classes, dtype=None):
-  return ResNet((2, 2, 2, 2), BasicBlock, num_classes, dtype)
+def resnet18(num_classes, dtype=None, imagenet=False):
+  return ResNet((2, 2, 2, 2), BasicBlock, num_classes, dtype, imagenet)
 
 
-def resnet34(num_classes, dtype=None):
-  return ResNet((3, 4, 6, 3), BasicBlock, num_classes, dtype)
+def resnet34(num_classes, dtype=None, imagenet=False):
+  return ResNet((3, 4, 6, 3), BasicBlock, num_classes, dtype, imagenet)
 
 
-def resnet50(num_classes, dtype=None):
-  return ResNet((3, 4, 6, 3), Bottleneck, num_classes, dtype)
+def resnet50(num_classes, dtype=None, imagenet=False):
+  return ResNet((3, 4, 6, 3), Bottleneck, num_classes, dtype, imagenet)
