@@ -1,33 +1,188 @@
-"""The PyTorch converter: names and layouts there and back, files of every format, hostile ones included."""
+"""The converter's naming and arithmetic: every family against a PyTorch twin, there and back bit for bit."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import shapes
+from parity import assert_close, assert_trees_close, nhwc, shapes
 
 from cpsc_jax import convert, nets
+from cpsc_jax.convert import families
+from cpsc_jax.errors import Refusal
+from cpsc_jax.nets.vgg import adaptive_average
+
+torch = pytest.importorskip("torch", reason="the PyTorch twins need torch: pip install -e '.[test]'")
+import torch_zoo as zoo  # noqa: E402
+
+
+def layered(state):
+  """A wide ResNet's state dict with groups named layer1 to layer3, and back."""
+  there = (("block", "layer"), ("fc.", "linear."))
+  back = tuple((b, a) for a, b in there)
+  for old, new in back if "linear.weight" in state else there:
+    state = {(new + key.removeprefix(old) if key.startswith(old) else key): value for key, value in state.items()}
+  return state
+
+
+# family -> net name, twin, image size of the test
+KNOWN = {  # compared with their twins in test_nets.py
+  "zoo_wrn": ("wrn_16_2", lambda: zoo.WideResNet(16, 2, 7), 16),
+  "layered_wrn": ("wrn_10_1", lambda: zoo.WideResNet(10, 1, 7), 16),
+  "zoo_resnet": ("resnet18", lambda: zoo.ResNet((2, 2, 2, 2), 7), 16),
+  "zoo_vgg": ("vgg11", lambda: zoo.VGG((1, 1, 2, 2, 2), 7), 16),
+}
+NEW = {
+  "cifar_resnet": ("cifar_resnet14", lambda: zoo.ThinResNet(14, 7, free=True), 16),
+  "small_resnet": ("small_resnet14", lambda: zoo.ThinResNet(14, 7, free=False), 32),
+  "torchvision_resnet": ("imagenet_resnet18", lambda: zoo.ImageNetResNet((2, 2, 2, 2), 7), 48),
+  "torchvision_vgg": ("imagenet_vgg11", lambda: zoo.ImageNetVGG((1, 1, 2, 2, 2), 7, hidden=48), 32),
+  "torchvision_mobilenet": ("mobilenet_v2", lambda: zoo.MobileNetV2(7), 48),
+}
+CLASSIFIERS = KNOWN | NEW
+GENERATORS = {
+  "cifar_generator": ("cifar", lambda: zoo.CifarGenerator(12, 4, 32, 3, 5), 32),
+  "dcgan_generator": ("dcgan", lambda: zoo.DCGANGenerator(12, 4, 64, 3, 5), 64),
+}
+
+
+def small(name, num_classes=7):
+  """The net called `name`, the linear layers of ImageNet's VGG as narrow as its twin's."""
+  net = nets.classifier(name, num_classes)
+  return net.clone(hidden=48) if name.startswith("imagenet_vgg") else net
 
 
 def random_variables(net, *inputs):
-  """Variables of a net with no two equal numbers in a leaf."""
+  """Variables of a net that no reordering leaves as they are, in float32."""
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes(net, *inputs))
+  return jax.tree.map(lambda s: rng.uniform(0.2, 1.2, s.shape).astype(np.float32), shapes(net, *inputs))
 
 
-@pytest.mark.parametrize("name", ["wrn_16_1", "resnet18", "resnet50", "vgg11"])
-def test_classifier_round_trip(name):
-  net, x = nets.classifier(name, 7), jnp.zeros((2, 32, 32, 3))
-  variables = random_variables(net, x)
-  state = convert.to_torch(name, variables)
-  back = convert.classifier_from_torch(state, shapes(net, x))
+def test_every_family_is_tested():
+  assert CLASSIFIERS.keys() | GENERATORS.keys() == families.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_net_equals_pytorch(family):
+  """Logits, features and running statistics in both modes, in float64; MobileNet's gradients too."""
+  name, twin, size = NEW[family]
+  torch.manual_seed(0)
+  twin, net = zoo.randomise(twin()).double(), small(name)
+  x, weight = torch.randn(4, 3, size, size).double(), torch.randn(4, 7).double()
+  with jax.enable_x64(True):
+    ours = jnp.asarray(nhwc(x.numpy()))
+    like = shapes(net, ours)
+    assert nets.count_parameters(like["params"]) == sum(p.numel() for p in twin.parameters())
+    variables = jax.tree.map(jnp.asarray, convert.from_torch(family, zoo.arrays(twin), like))
+
+    def trained(params):
+      out, stats = nets.forward(net, {**variables, "params": params}, ours, train=True)
+      return jnp.sum(out.logits * weight.numpy()) + jnp.sum(out.features[:, 0]), (out, stats)
+
+    @jax.jit
+    def run():
+      if name == "mobilenet_v2":
+        grads, aux = jax.grad(trained, has_aux=True)(variables["params"])
+      else:
+        grads, aux = None, trained(variables["params"])[1]
+      return grads, aux, net.apply(variables, ours, train=False)
+
+    grads, (train, stats), evaluation = run()
+    twin.eval()
+    with torch.no_grad():
+      expected = twin(x)
+    twin.train()
+    logits, features = twin(x)
+    for out, (their_logits, their_features) in ((evaluation, expected), (train, (logits.detach(), features.detach()))):
+      assert_close(out.logits, their_logits.numpy(), 1e-10, "logits")
+      assert_close(out.features, their_features.numpy(), 1e-10, "features")
+      np.testing.assert_allclose(np.linalg.norm(out.features, axis=1), 1, rtol=1e-6)
+    assert_trees_close(stats, convert.from_torch(family, zoo.arrays(twin), like)["batch_stats"], 1e-10)
+    if grads:
+      (torch.sum(logits * weight) + features[:, 0].sum()).backward()
+      theirs = zoo.arrays(twin) | {key: p.grad.numpy() for key, p in twin.named_parameters()}
+      theirs = convert.from_torch(family, theirs, like)["params"]
+      # A shift that the next batch norm takes away has no gradient; there both sides hold rounding.
+      least = 1e-12 * np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(theirs)))
+      for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(leaf - other) <= 1e-8 * np.linalg.norm(other) + least, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS | GENERATORS)
+def test_round_trip_is_bit_identical(family):
+  """JAX -> PyTorch (strict loading) -> JAX."""
+  name, twin, size = (CLASSIFIERS | GENERATORS)[family]
+  if family in GENERATORS:
+    net, inputs = nets.generator(name, 5, size, 3, 4), (jnp.zeros((2, 12)), jnp.zeros((2,), jnp.int32))
+  else:
+    net, inputs = small(name), (jnp.zeros((2, size, size, 3)),)
+  variables, twin = random_variables(net, *inputs), twin()
+  state = convert.to_torch(family, variables)
+  recognised = families.recognise({key: array.shape for key, array in state.items()})
+  assert recognised == (families.FAMILIES[family], name)
+  assert all(array.flags.c_contiguous for array in state.values())
+  assert state.keys() == (layered if family == "layered_wrn" else dict)(zoo.arrays(twin)).keys()
+  if family in CLASSIFIERS:
+    plain = layered(state) if family == "layered_wrn" else state
+    twin.load_state_dict({key: torch.from_numpy(array) for key, array in plain.items()}, strict=True)
+    state = zoo.arrays(twin)
+    state = layered(state) if family == "layered_wrn" else state
+  back = convert.from_torch(family, state, shapes(net, *inputs))
   jax.tree.map(np.testing.assert_array_equal, back, variables)
-  assert all(state[key].dtype == np.int64 for key in state if key.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize(("name", "size"), [("cifar", 32), ("dcgan", 64)])
-def test_generator_round_trip(name, size):
-  net, inputs = nets.generator(name, 5, size, 3, 4), (jnp.zeros((2, 12)), jnp.zeros((2,), jnp.int32))
-  variables = random_variables(net, *inputs)
-  back = convert.generator_from_torch(convert.to_torch(name, variables), shapes(net, *inputs))
-  jax.tree.map(np.testing.assert_array_equal, back, variables)
+DEPTHS = {
+  "wrn_": ("10_1", "16_4", "40_2"),
+  "resnet": (18, 34, 50),
+  "vgg": (11, 13, 16),
+  "cifar_resnet": (8, 20, 32, 44, 56, 110),
+  "small_resnet": (8, 14, 20, 26, 32),
+  "imagenet_resnet": (18, 34, 50),
+  "imagenet_vgg": (11, 13, 16, 19),
+}
+
+
+@pytest.mark.parametrize("name", [f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths])
+def test_every_depth_is_recognised_and_returns(name):
+  net, x = small(name, 9), jnp.zeros((2, 32, 32, 3))
+  state = convert.to_torch(name, random_variables(net, x))
+  found = {key: array.shape for key, array in state.items()}
+  family, named = families.recognise(found)
+  assert named == name and family.measure(found) == {"num_classes": 9, "channels": 3}
+  again = convert.to_torch(name, convert.from_torch(name, state, shapes(net, x)))
+  assert again.keys() == state.keys()
+  assert all(again[key].tobytes() == state[key].tobytes() for key in state)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "vgg11_bn", "vgg16_bn", "mobilenet_v2"])
+def test_names_are_torchvisions(name):
+  models = pytest.importorskip("torchvision", reason="compares with torchvision itself").models
+  with torch.device("meta"):
+    theirs = {key: tuple(value.shape) for key, value in getattr(models, name)(num_classes=7).state_dict().items()}
+  ours = name if name == "mobilenet_v2" else f"imagenet_{name.removesuffix('_bn')}"
+  net = nets.classifier(ours, 7)
+  like = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes(net, jnp.zeros((2, 224, 224, 3))))
+  assert {key: array.shape for key, array in convert.to_torch(ours, like).items()} == theirs
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 8, 10, 14])
+def test_adaptive_average_equals_pytorch(size):
+  x = torch.randn(2, 3, size, size + 1)
+  want = torch.nn.functional.adaptive_avg_pool2d(x, 7).numpy()
+  assert_close(adaptive_average(jnp.asarray(nhwc(x.numpy())), 7), nhwc(want), 1e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("small_resnet8", 8), ("imagenet_vgg11", 16)])
+def test_too_small_images_are_refused(name, size):
+  with pytest.raises(Refusal, match="pixels"):
+    shapes(nets.classifier(name, 3), jnp.zeros((2, size, size, 3)))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet21", "small_resnet2", "imagenet_resnet19"])
+def test_depths_that_are_none_are_refused(name):
+  with pytest.raises(Refusal, match="6n|did you mean 'imagenet_resnet18'"):
+    nets.classifier(name, 10)
+
+
+def test_no_such_family():
+  with pytest.raises(Refusal, match="no PyTorch family has a net 'alexnet'"):
+    convert.to_torch("alexnet", {})

@@ -188,7 +188,7 @@ class ImageNetResNet(ResNet):
 
 
 class ImageNetVGG(nn.Module):
-  def __init__(self, counts, classes):
+  def __init__(self, counts, classes, hidden=4096):
     super().__init__()
     layers, inside = [], 3
     for count, width in zip(counts, (64, 128, 256, 512, 512), strict=True):
@@ -198,9 +198,9 @@ class ImageNetVGG(nn.Module):
       layers.append(nn.MaxPool2d(2))
     self.features = nn.Sequential(*layers)
     self.classifier = nn.Sequential(
-      nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Identity(), nn.Linear(4096, 4096), nn.ReLU(), nn.Identity()
+      nn.Linear(512 * 49, hidden), nn.ReLU(), nn.Identity(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Identity()
     )
-    self.classifier.append(nn.Linear(4096, classes))
+    self.classifier.append(nn.Linear(hidden, classes))
 
   def forward(self, x):
     x = F.adaptive_avg_pool2d(self.features(x), 7).flatten(1)

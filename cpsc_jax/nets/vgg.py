@@ -56,6 +56,7 @@ class ImageNetVGG(nn.Module):
   convs: tuple[int, ...]
   num_classes: int
   dtype: Any = None
+  hidden: int = 4096
 
   @nn.compact
   def __call__(self, x, train: bool):
@@ -74,7 +75,7 @@ class ImageNetVGG(nn.Module):
     x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
     for number in (0, 3):
       normal = nn.initializers.normal(0.01)
-      x = nn.relu(nn.Dense(4096, dtype=self.dtype, kernel_init=normal, name=f"classifier_{number}")(x))
+      x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name=f"classifier_{number}")(x))
     return classify(x, stages, self.num_classes, "classifier_6")
 
 
