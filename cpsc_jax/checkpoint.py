@@ -87,13 +87,16 @@ def save_net(directory, variables, card):
   scratch = directory.with_name(directory.name + ".partial")
   shutil.rmtree(scratch, ignore_errors=True)
   scratch.mkdir(parents=True)
-  with ocp.StandardCheckpointer() as writer:
-    writer.save(scratch / "variables", variables)
-    writer.wait_until_finished()
-  card = {**card, "digest": digest(variables)}
-  (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
-  shutil.rmtree(directory, ignore_errors=True)
-  scratch.rename(directory)
+  try:
+    with ocp.StandardCheckpointer() as writer:
+      writer.save(scratch / "variables", variables)
+      writer.wait_until_finished()
+    card = {**card, "digest": digest(variables)}
+    (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch.rename(directory)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
   return card
 
 

@@ -15,7 +15,7 @@ class Output:
 
   Attributes:
     logits: (N, C).
-    features: (N, D), the globally averaged features scaled to unit L2 norm (of the head, where there is one).
+    features: (N, D), the input of the last linear layer scaled to unit L2 norm (of the head, where there is one).
     stages: feature maps (N, H, W, K) at the end of each stage, first stage first.
     head_features: `features` with everything below a feature head detached, so that a loss on it trains the head
       alone; None without a head.

@@ -15,15 +15,6 @@ torch = pytest.importorskip("torch", reason="the PyTorch twins need torch: pip i
 import torch_zoo as zoo  # noqa: E402
 
 
-def layered(state):
-  """A wide ResNet's state dict with groups named layer1 to layer3, and back."""
-  there = (("block", "layer"), ("fc.", "linear."))
-  back = tuple((b, a) for a, b in there)
-  for old, new in back if "linear.weight" in state else there:
-    state = {(new + key.removeprefix(old) if key.startswith(old) else key): value for key, value in state.items()}
-  return state
-
-
 # family -> net name, twin, image size of the test
 KNOWN = {  # compared with their twins in test_nets.py
   "zoo_wrn": ("wrn_16_2", lambda: zoo.WideResNet(16, 2, 7), 16),
@@ -120,12 +111,12 @@ def test_round_trip_is_bit_identical(family):
   recognised = families.recognise({key: array.shape for key, array in state.items()})
   assert recognised == (families.FAMILIES[family], name)
   assert all(array.flags.c_contiguous for array in state.values())
-  assert state.keys() == (layered if family == "layered_wrn" else dict)(zoo.arrays(twin)).keys()
+  assert state.keys() == (zoo.layered if family == "layered_wrn" else dict)(zoo.arrays(twin)).keys()
   if family in CLASSIFIERS:
-    plain = layered(state) if family == "layered_wrn" else state
+    plain = zoo.layered(state) if family == "layered_wrn" else state
     twin.load_state_dict({key: torch.from_numpy(array) for key, array in plain.items()}, strict=True)
     state = zoo.arrays(twin)
-    state = layered(state) if family == "layered_wrn" else state
+    state = zoo.layered(state) if family == "layered_wrn" else state
   back = convert.from_torch(family, state, shapes(net, *inputs))
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 

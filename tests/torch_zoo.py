@@ -313,3 +313,12 @@ def randomise(module, seed=0):
 def arrays(module):
   """The state dict as NumPy arrays, conditional norms under their published names."""
   return {k.replace(".norm.", "."): v.detach().numpy().copy() for k, v in module.state_dict().items()}
+
+
+def layered(state):
+  """A wide ResNet's state dict with groups named layer1 to layer3, and back."""
+  there = (("block", "layer"), ("fc.", "linear."))
+  back = tuple((b, a) for a, b in there)
+  for old, new in back if "linear.weight" in state else there:
+    state = {(new + key.removeprefix(old) if key.startswith(old) else key): value for key, value in state.items()}
+  return state

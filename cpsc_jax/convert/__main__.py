@@ -21,6 +21,7 @@ from cpsc_jax.mesh import make_mesh
 from cpsc_jax.progress import say
 
 CHECK_BATCH = 250
+INTERRUPTED = 130
 
 
 def main(argv=None):
@@ -29,8 +30,12 @@ def main(argv=None):
   try:
     convert(args)
   except Refusal as refusal:
-    print(f"cpsc_jax: {refusal}", file=sys.stderr)
+    # Keys come from the file: nothing in them may steer a terminal.
+    print("cpsc_jax: " + "".join(c if c.isprintable() else "?" for c in str(refusal)), file=sys.stderr)
     return refusal.exit_code
+  except KeyboardInterrupt:
+    print("cpsc_jax: interrupted; nothing was written.", file=sys.stderr)
+    return INTERRUPTED
   return 0
 
 
@@ -68,7 +73,10 @@ def convert(args):
   data = args.check or customary_data(facts)
   card = {"net": name, "family": family.title, "image_size": image_size(args, family, data), **facts}
   net, inputs = build(card)
-  variables = mapping.from_torch(weights, shapes_of(net, inputs), family.naming)
+  try:
+    variables = mapping.from_torch(weights, shapes_of(net, inputs), family.naming)
+  except Refusal as refusal:
+    raise Refusal(f"{args.source} was taken for {name} ({family.title}), but {refusal}") from refusal
   card |= normalisation(args, family, facts, data)
   check_flags(args, card)
 
@@ -100,7 +108,8 @@ def customary_data(facts):
 def image_size(args, family, data):
   """Height and width of the inputs: as the flags say, else as usual for the family or the data set."""
   of_data = datasets.describe(data).image_size if data else 32
-  size = args.image_size or (of_data if args.check else family.image_size or of_data)
+  usual = of_data if args.check else family.image_size or of_data
+  size = usual if args.image_size is None else args.image_size
   if not 8 <= size <= 1024:
     raise Refusal(f"--image_size {size} cannot be; from 8 to 1024 pixels can.")
   return size
@@ -141,11 +150,11 @@ def shapes_of(net, inputs):
 
 def check_flags(args, card):
   """Raises a Refusal where the flags contradict what the file holds."""
-  if args.num_classes and args.num_classes != card["num_classes"]:
+  if args.num_classes not in (None, card["num_classes"]):
     raise Refusal(f"{args.source} has {card['num_classes']} classes, not the {args.num_classes} of --num_classes.")
   if card["num_classes"] < 2:
     raise Refusal(f"{args.source} has one output; a classifier has two classes or more.")
-  if args.image_size and args.image_size != card["image_size"]:
+  if args.image_size not in (None, card["image_size"]):
     raise Refusal(
       f"{args.source} makes images of {card['image_size']} pixels, not the {args.image_size} of --image_size."
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cpsc_jax.convert.mapping import ROWS, TRANSPOSED, Naming
 from cpsc_jax.errors import Refusal
 
+MOST_BLOCKS = 200  # in a stage; a file with more is no net, and building one of its size would take hours
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # as most public CIFAR code has it
 
@@ -115,9 +116,9 @@ def known_nets():
 
 
 def _count(shapes, prefix, suffix=""):
-  """How many different numbers stand after `prefix` in the keys that end with `suffix`."""
+  """How many different numbers stand after `prefix` in the keys that end with `suffix`, up to MOST_BLOCKS."""
   there = (key for key in shapes if key.startswith(prefix) and key.endswith(suffix))
-  return len({key.removeprefix(prefix).split(".")[0] for key in there})
+  return min(len({key.removeprefix(prefix).split(".")[0] for key in there}), MOST_BLOCKS)
 
 
 def _size(shapes, key, axis=0):

@@ -4,7 +4,6 @@ Pickled files go through PyTorch's restricted unpickler, which builds tensors an
 else; safetensors files hold no code and need no PyTorch.
 """
 
-import contextlib
 import hashlib
 import pathlib
 import re
@@ -34,7 +33,7 @@ HARMLESS = (
   "numpy.ndarray",
   *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
-SAVE_WEIGHTS_ALONE = (
+SAVE_ALONE = (
   "if you trust its maker, save the weights alone where it was made, by torch.save(model.state_dict(), FILE) or as"
   " safetensors"
 )
@@ -80,7 +79,7 @@ def _read_safetensors(path):
   try:
     entries = deserialize(path.read_bytes())
   except (SafetensorError, ValueError) as error:
-    raise Refusal(f"{path} is no intact safetensors file ({_first_line(error)}); get it again.") from error
+    raise Refusal(f"{path} is no intact safetensors file ({_reason(error)}); get it again.") from error
   arrays = {}
   for key, entry in entries:
     if key.endswith(COUNTER):
@@ -94,7 +93,7 @@ def _read_safetensors(path):
 def _read_torch(path):
   try:
     import torch
-  except ImportError as error:
+  except (ImportError, OSError) as error:  # the latter where its libraries do not load
     raise Refusal(
       f"reading {path} needs PyTorch: pip install 'cpsc_jax[torch]' (.safetensors files are read without it)."
     ) from error
@@ -102,23 +101,21 @@ def _read_torch(path):
     _check_zip(path)
   harmless = torch.serialization.safe_globals([(Inert, name) for name in HARMLESS])
   try:
-    with harmless, warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(None):
+    with harmless, warnings.catch_warnings(action="ignore"):
       content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # damaged files raise assorted types
-    refused = re.search(r"GLOBAL ([\w.]+)|(?:class|function|type) ([\w.]+\.[\w.]+)", str(error))
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-      what = refused[1] or refused[2]
-      raise Refusal(f"{path} holds '{what}', which could run code and is not loaded; {SAVE_WEIGHTS_ALONE}.") from error
+      raise Refusal(f"{path} holds '{refused[1]}', which could run code and is not loaded; {SAVE_ALONE}.") from error
     raise Refusal(
-      f"{path} cannot be read as a PyTorch checkpoint ({_first_line(error)}): it is damaged, or of a kind that only the"
-      f" code that wrote it should open; get it again, or {SAVE_WEIGHTS_ALONE}."
+      f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is damaged or holds more than weights; get"
+      f" it again, or, {SAVE_ALONE}."
     ) from error
-
   tensors = _unwrapped(path, content)
   size, arrays = path.stat().st_size, {}
   for key, tensor in tensors.items():
     if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-      raise Refusal(f"{path}: the entry '{str(key)[:100]}' is no tensor but {type(tensor).__name__}; {WANTED}.")
+      raise Refusal(f"{path}: the entry '{str(key)[:100]}' is not a tensor under a name; {WANTED}.")
     if key.endswith(COUNTER):
       continue
     floating = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,20 +139,27 @@ def _check_zip(path):
   try:
     with zipfile.ZipFile(path) as archive:
       entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError) as error:
-    raise Refusal(f"{path} is a damaged zip archive ({_first_line(error)}); get it again.") from error
+      fault = _zip_fault(entries, path.stat().st_size)
+      damaged = None if fault else archive.testzip()  # PyTorch itself does not look at the checksums
+  except Exception as error:  # zipfile raises assorted types
+    raise Refusal(f"{path} is a damaged zip archive ({_reason(error)}); get it again.") from error
+  if fault:
+    raise Refusal(f"{path} is a zip archive that {fault}; get the checkpoint again, from a source that you trust.")
+  if damaged:
+    raise Refusal(f"{path} is damaged: '{damaged[:100]}' in it does not match its checksum; get it again.")
+
+
+def _zip_fault(entries, size):
   names = [entry.filename for entry in entries]
   ends = [entry.header_offset + 30 + len(entry.orig_filename.encode()) + entry.compress_size for entry in entries]
-  starts = [entry.header_offset for entry in entries[1:]] + [path.stat().st_size]
+  starts = [entry.header_offset for entry in entries[1:]] + [size]
   if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
-    fault = "is compressed, which PyTorch's never are and zip bombs are"
-  elif any(end > start for end, start in zip(ends, starts, strict=True)):
-    fault = "has entries that overlap or reach beyond its end"
-  elif len(set(names)) < len(names) or any(name.startswith(("/", "\\")) or ".." in name for name in names):
-    fault = "has entries of the same name or with a path out of the archive"
-  else:
-    return
-  raise Refusal(f"{path} is a zip archive that {fault}; get the checkpoint again, from a source that you trust.")
+    return "is compressed, which PyTorch's never are and zip bombs are"
+  if any(end > start for end, start in zip(ends, starts, strict=bool(entries))):
+    return "has entries that overlap or reach beyond its end"
+  if len(set(names)) < len(names) or any(name.startswith(("/", "\\")) or ".." in name for name in names):
+    return "has entries of the same name or with a path out of the archive"
+  return None
 
 
 def _unwrapped(path, content):
@@ -182,6 +186,8 @@ def _checked(path, arrays):
   with np.errstate(over="ignore"):
     arrays = {key: array.astype(np.float32) for key, array in arrays.items()}
   for key, array in arrays.items():
+    if not array.size:
+      raise Refusal(f"{path}: '{key[:100]}' has the shape {array.shape}, in which nothing is; get the file again.")
     if not np.isfinite(array).all():
       raise Refusal(f"{path}: '{key[:100]}' has values that are NaN, infinite or beyond float32; get the file again.")
     if key.endswith("running_var") and (array < 0).any():
@@ -204,5 +210,8 @@ def _refuse_type(path, key, kind):
   )
 
 
-def _first_line(error):
-  return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+def _reason(error):
+  """What an error says in one line, of PyTorch's long ones the part that is about the file."""
+  text = " ".join(str(error).split())
+  found = re.search(r"WeightsUnpickler error: (.*?)(?: Check the documentation|$)", text)
+  return f"{type(error).__name__}: {(found[1] if found else text.split('. ')[0])[:200]}"
