@@ -14,7 +14,7 @@ def from_torch(name, state_dict, like):
   Raises:
     Refusal: listing missing, unexpected and misshapen keys; or no such net.
   """
-  return mapping.from_torch(state_dict, like, _naming(name))
+  return mapping.from_torch(_naming(name), state_dict, like)
 
 
 def to_torch(name, variables):
@@ -22,12 +22,12 @@ def to_torch(name, variables):
 
   The result has num_batches_tracked too, so that strict loading takes it.
   """
-  return mapping.to_torch(variables, _naming(name))
+  return mapping.to_torch(_naming(name), variables)
 
 
 def classifier_from_torch(state_dict, like):
   """`from_torch` for the data-free distillation zoo: its ResNet, wide ResNet or VGG, also under a feature head."""
-  return mapping.from_torch(state_dict, like, families.ZOO)
+  return mapping.from_torch(families.ZOO, state_dict, like)
 
 
 def generator_from_torch(state_dict, like):

@@ -74,7 +74,7 @@ def convert(args):
   card = {"net": name, "family": family.title, "image_size": image_size(args, family, data), **facts}
   net, inputs = build(card)
   try:
-    variables = mapping.from_torch(weights, shapes_of(net, inputs), family.naming)
+    variables = mapping.from_torch(family.naming, weights, shapes_of(net, inputs))
   except Refusal as refusal:
     raise Refusal(f"{args.source} was taken for {name} ({family.title}), but {refusal}") from refusal
   card |= normalisation(args, family, facts, data)

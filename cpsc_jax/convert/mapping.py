@@ -37,7 +37,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 TABLES = {"scale": "weights.weight", "bias": "biases.weight"}  # of a categorical batch norm
 
 
-def from_torch(state_dict, like, naming):
+def from_torch(naming, state_dict, like):
   """Variables of a net from a PyTorch state dict of NumPy arrays.
 
   `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen
@@ -48,7 +48,7 @@ def from_torch(state_dict, like, naming):
 
   def fill(path, want):
     module, leaf = _split(path)
-    key = _torch_key(module, leaf, len(want.shape), naming)
+    key = _torch_key(naming, module, leaf, len(want.shape))
     if key not in state_dict:
       missing.append(key)
       return want
@@ -68,12 +68,12 @@ def from_torch(state_dict, like, naming):
   return variables
 
 
-def to_torch(variables, naming):
+def to_torch(naming, variables):
   """{PyTorch key: NumPy array} of a net's variables; `load_state_dict` takes it with strict=True."""
   width, state_dict = _first_width(variables), {}
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     module, leaf = _split(path)
-    key = _torch_key(module, leaf, np.ndim(value), naming)
+    key = _torch_key(naming, module, leaf, np.ndim(value))
     array = naming.layouts.get(module, PLAIN).to_torch(leaf, np.asarray(value), width)
     state_dict[key] = np.ascontiguousarray(array).reshape(array.shape)
     if leaf == "mean":
@@ -86,9 +86,9 @@ def _split(path):
   return "/".join(module), leaf
 
 
-def _torch_key(module, leaf, ndim, naming):
+def _torch_key(naming, module, leaf, ndim):
   if module.startswith("net/"):  # what a feature head wraps
-    return "model." + _torch_key(module.removeprefix("net/"), leaf, ndim, naming)
+    return "model." + _torch_key(naming, module.removeprefix("net/"), leaf, ndim)
   for pattern, replacement in (*naming.modules, (r"head_(\d)", r"head.\1"), (r"\w+", lambda m: m[0])):
     match = re.fullmatch(pattern, module)
     if match:

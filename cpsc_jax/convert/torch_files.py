@@ -28,6 +28,7 @@ HARMLESS = (
   "pathlib.PosixPath",
   "pathlib.PurePosixPath",
   "pathlib.WindowsPath",
+  "pathlib._local.PosixPath",
   "_codecs.encode",  # within NumPy's scalars
   "numpy.dtype",
   "numpy.ndarray",
@@ -37,6 +38,7 @@ SAVE_ALONE = (
   "if you trust its maker, save the weights alone where it was made, by torch.save(model.state_dict(), FILE) or as"
   " safetensors"
 )
+WANTED = f"a state dict of tensors is wanted, alone or under {', '.join(WRAPPERS)}"
 
 
 class Inert:
@@ -69,6 +71,8 @@ def read(path):
   except OSError as error:
     raise Refusal(f"cannot read {path} ({error.strerror}).") from error
   is_safetensors = path.suffix == ".safetensors" or start[8:] == b"{"
+  if start.startswith(b"PK") or zipfile.is_zipfile(path):
+    _check_zip(path)
   arrays = (_read_safetensors if is_safetensors else _read_torch)(path)
   return _without_prefix(_checked(path, arrays)), sha256
 
@@ -97,8 +101,6 @@ def _read_torch(path):
     raise Refusal(
       f"reading {path} needs PyTorch: pip install 'cpsc_jax[torch]' (.safetensors files are read without it)."
     ) from error
-  if zipfile.is_zipfile(path):
-    _check_zip(path)
   harmless = torch.serialization.safe_globals([(Inert, name) for name in HARMLESS])
   try:
     with harmless, warnings.catch_warnings(action="ignore"):
@@ -106,7 +108,9 @@ def _read_torch(path):
   except Exception as error:  # damaged files raise assorted types
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-      raise Refusal(f"{path} holds '{refused[1]}', which could run code and is not loaded; {SAVE_ALONE}.") from error
+      raise Refusal(
+        f"{path} holds '{refused[1]}', which is not loaded because loading it could run code; {SAVE_ALONE}."
+      ) from error
     raise Refusal(
       f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is damaged or holds more than weights; get"
       f" it again, or, {SAVE_ALONE}."
@@ -129,9 +133,6 @@ def _read_torch(path):
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     arrays[key] = tensor.detach().to(wide).numpy(force=True)
   return arrays
-
-
-WANTED = f"a state dict of tensors is wanted, alone or under {', '.join(WRAPPERS)}"
 
 
 def _check_zip(path):
@@ -172,8 +173,6 @@ def _unwrapped(path, content):
     content = inner
   else:
     raise Refusal(f"{path}: its dicts are nested too deep; {WANTED}.")
-  if len(content) > MOST_TENSORS:
-    raise Refusal(f"{path} has {len(content):,} entries; no network here has more than {MOST_TENSORS:,}.")
   return content
 
 
@@ -184,7 +183,7 @@ def _checked(path, arrays):
   if len(arrays) > MOST_TENSORS:
     raise Refusal(f"{path} has {len(arrays):,} tensors; no network here has more than {MOST_TENSORS:,}.")
   with np.errstate(over="ignore"):
-    arrays = {key: array.astype(np.float32) for key, array in arrays.items()}
+    arrays = {key: array.astype(np.float32, copy=False) for key, array in arrays.items()}
   for key, array in arrays.items():
     if not array.size:
       raise Refusal(f"{path}: '{key[:100]}' has the shape {array.shape}, in which nothing is; get the file again.")
