@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import Refusal, first_line
 
 CARD = "net.json"
 
@@ -65,7 +65,7 @@ class Keeper:
           return found.tree, found.record
         reason = "its digest differs"
       except Exception as error:  # Orbax raises assorted types for damaged files
-        reason = _first_line(error)
+        reason = first_line(error)
       logging.getLogger("cpsc_jax").warning(
         "checkpoint %s of %s is damaged (%s)", step, self._manager.directory, reason
       )
@@ -127,7 +127,7 @@ def load_net(directory, like):
       variables = reader.restore(directory / "variables", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
   except Exception as error:  # Orbax raises assorted types for damaged files
     raise Refusal(
-      f"the net saved in {directory} cannot be read ({_first_line(error)}); restore or make it again."
+      f"the net saved in {directory} cannot be read ({first_line(error)}); restore or make it again."
     ) from error
   if digest(variables) != card["digest"]:
     raise Refusal(
@@ -138,7 +138,3 @@ def load_net(directory, like):
 
 def quieten():
   logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def _first_line(error):
-  return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
