@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from cpsc_jax.errors import Refusal, first_line
 
 CARD = "net.json"
+CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
 
 
 def digest(tree):
@@ -82,7 +83,18 @@ class Keeper:
 
 
 def save_net(directory, variables, card):
-  """Writes variables (an Orbax checkpoint) and `card` (what the net is) to `directory`, whole or not at all."""
+  """Writes variables (an Orbax checkpoint) and `card` (what the net is) to `directory`, whole or not at all.
+
+  Variables without batch norm need no "batch_stats". The card names the net as in nets.NETS, the shape of its problem
+  and how its input is normalised (CARD_KEYS); whatever else it says is kept.
+
+  Raises:
+    Refusal: the card lacks a key.
+  """
+  missing = [key for key in CARD_KEYS if key not in card]
+  if missing:
+    raise Refusal(f"the card of the net for {directory} lacks {', '.join(missing)}.")
+  variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
   shutil.rmtree(scratch, ignore_errors=True)

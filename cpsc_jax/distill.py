@@ -167,6 +167,9 @@ def build_game(config, mesh, teacher_net, card):
   generator = nets.generator(
     config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width, dtype
   )
+  if config.loss.generator.bn and not nets.has_batch_norm(teacher_net, spec.image_shape):
+    say("the teacher has no batch norm: config.loss.generator.bn has nothing to act on and is off")
+    config = settings.override(config, "loss.generator.bn", 0.0)
   generator_steps = 0 if config.arm == "untrained_generator" else config.generator.steps
   steps = config.schedule.iterations
   return algorithm.Game(

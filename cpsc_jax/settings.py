@@ -95,6 +95,13 @@ def resolve(config, mesh):
   return ml_collections.FrozenConfigDict(config)
 
 
+def override(config, key, value):
+  """A frozen copy of `config` with one dotted key changed."""
+  copy = ml_collections.ConfigDict(config.to_dict())
+  copy.update_from_flattened_dict({key: value})
+  return ml_collections.FrozenConfigDict(copy)
+
+
 def dump(config):
   """The config as indented JSON with sorted keys."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -56,7 +56,7 @@ def check_teacher(config):
   """The card of config.teacher.checkpoint, if it fits the data set; reads no arrays.
 
   Raises:
-    Refusal: nothing saved there; other classes, image size or channels than the data set's.
+    Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's.
   """
   card = checkpoint.read_card(config.teacher.checkpoint)
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
@@ -66,6 +66,7 @@ def check_teacher(config):
         f"the teacher in {config.teacher.checkpoint} has {key} {card.get(key)}, data set '{config.dataset.name}' has"
         f" {getattr(spec, key)}; name the data set that it was trained for in config.dataset.name."
       )
+  nets.classifier(card["net"], card["num_classes"])
   return card
 
 

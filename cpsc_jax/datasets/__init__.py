@@ -16,7 +16,6 @@ import numpy as np
 
 from cpsc_jax.errors import Refusal, first_line
 
-
 FILE_FORMAT = "array_record"
 OWN_VERSION = "1.0.0"  # of data sets of the user's; TFDS wants one
 OWN_RECORD = "metadata.json"  # where TFDS keeps what a builder has to add: here, the `Dataset` of such a data set
@@ -196,7 +195,6 @@ def _load(name, split, data_dir):
       images[i], labels[i] = example["image"], example["label"]
   except Exception as error:  # array_record and TFDS raise assorted types for missing and damaged files
     raise Refusal(
-      f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{name}'"
-      " again."
+      f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{name}' again."
     ) from error
   return Split(jnp.asarray(images), jnp.asarray(labels))

@@ -23,15 +23,7 @@ from cpsc_jax.datasets import FILE_FORMAT, OWN_VERSION, folders
 from cpsc_jax.errors import Refusal, first_line
 
 SECONDS_TO_ANSWER = 5.0
-UNREADABLE = (
-  OSError,
-  KeyError,
-  EOFError,
-  AttributeError,  # of a folder in an archive that goes by a file's name
-  tarfile.TarError,
-  zipfile.BadZipFile,
-  zlib.error,
-)
+UNREADABLE = (OSError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 class FromArchive:
@@ -199,12 +191,15 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
     try:
       read = opener(path, "tiny-imagenet-200/")
       wnids = sorted(read("wnids.txt").decode().split())
-      rows = [line.split("\t")[:2] for line in read("val/val_annotations.txt").decode().splitlines()]
+      lines = [line.split("\t") for line in read("val/val_annotations.txt").decode().splitlines()]
     except UNREADABLE as error:
       raise Refusal(f"{path} is not '{self.name}' ({first_line(error)}); get it from {self.URL}.") from error
     self._name_classes("label", wnids, path)
+    classes = {line[0]: line[1] for line in lines if len(line) > 1}
+    if not classes or set(classes.values()) - set(wnids):
+      raise Refusal(f"val/val_annotations.txt in {path} does not give every image a class; get it again.")
     train = [(f"train/{wnid}/images/{wnid}_{i}.JPEG", wnid) for wnid in wnids for i in range(self.PER_CLASS)]
-    validation = [(f"val/images/{file}", wnid) for file, wnid in rows]
+    validation = [(f"val/images/{file}", wnid) for file, wnid in classes.items()]
     return {
       "train": self._generate_examples(read, train),
       "validation": self._generate_examples(read, validation),
@@ -296,8 +291,10 @@ def opener(path, prefix):
   if zipfile.is_zipfile(path):
     archive = zipfile.ZipFile(path)
     return lambda name: archive.read(prefix + name)
-  archive = tarfile.open(path)
-  return lambda name: archive.extractfile(prefix + name).read()
+  with tarfile.open(path) as archive:  # in the order of the archive: any other would unpack it again and again
+    inside = (member for member in archive if member.isfile() and member.name.startswith(prefix))
+    files = {member.name: archive.extractfile(member).read() for member in inside}
+  return lambda name: files[prefix + name]
 
 
 def digest_of(path, algorithm):
@@ -316,7 +313,7 @@ def check_digest(what, have, want, url):
 
 
 def check_answers(url):
-  """Raises an OSError within seconds unless `url` can be had: without a network TFDS tries for minutes."""
+  """Raises within seconds unless `url` can be had: without a network TFDS tries for minutes."""
   answer = queue.SimpleQueue()
 
   def ask():
@@ -330,6 +327,6 @@ def check_answers(url):
   try:
     error = answer.get(timeout=2 * SECONDS_TO_ANSWER)
   except queue.Empty:
-    raise OSError("no answer") from None
+    raise TimeoutError("no answer") from None
   if error:
-    raise OSError(first_line(error)) from error
+    raise error

@@ -89,7 +89,7 @@ def look_through(rows, image_size, mode):
         size = lambda wh: "{}x{}".format(*wh)
         other = f", {first[0]} is {size(first[1])}" if image.size != first[1] else ""
         raise Refusal(
-          f"{path} is {size(image.size)}{other}; images must be square and of one size, which --image_size N makes them."
+          f"{path} is {size(image.size)}{other}; images must be square and of one size: --image_size N makes them so."
         )
       greyscale = greyscale and image.mode == "L"
       if split == "train":

@@ -119,7 +119,9 @@ def main(argv=None):
     prog="python -m cpsc_jax.datasets.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("name", help=f"one of {', '.join(datasets.DATASETS)}, or any other for images of your own")
-  parser.add_argument("--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+  parser.add_argument(
+    "--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+  )
   parser.add_argument("--from", dest="source", help="the original archive or what was unpacked from it; or your folder")
   own = parser.add_argument_group("for images of your own")
   own.add_argument("--image_size", type=int, help="resize and centre-crop to so many pixels a side")
