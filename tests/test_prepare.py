@@ -516,6 +516,11 @@ def test_what_was_prepared_is_checked_when_it_is_read(tmp_path):
   (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
   with pytest.raises(Refusal, match="written as tfrecord, which only TensorFlow reads"):
     datasets.require("flowers", data_dir)
+  with pytest.raises(Refusal, match="written as tfrecord"):
+    prepare("flowers", data_dir, str(tmp_path / "f"))
+  (folder / "dataset_info.json").write_text("{")
+  with pytest.raises(Refusal, match="is damaged .*delete it and prepare 'flowers' again"):
+    datasets.require("flowers", data_dir)
   (folder / "metadata.json").write_text('{"num_classes": 3}')
   with pytest.raises(Refusal, match=r"metadata.json is not what preparing data set 'flowers' writes"):
     datasets.require("flowers", data_dir)

@@ -122,14 +122,23 @@ def require(name, data_dir):
 
 
 def prepared(name, data_dir):
-  """A TFDS builder that reads what is prepared as `name` under `data_dir`, or None where nothing is."""
+  """A TFDS builder that reads what is prepared as `name` under `data_dir`, or None where nothing is.
+
+  Raises:
+    Refusal: something is, but it is damaged.
+  """
   logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what it could do better with other packages
   import tensorflow_datasets as tfds
 
   from cpsc_jax.datasets import builders
 
   folder = os.path.join(data_dir, name, str(builders.BUILDERS[name].VERSION) if name in DATASETS else OWN_VERSION)
-  return tfds.builder_from_directory(folder) if os.path.exists(os.path.join(folder, "dataset_info.json")) else None
+  if not os.path.exists(os.path.join(folder, "dataset_info.json")):
+    return None
+  try:
+    return tfds.builder_from_directory(folder)
+  except Exception as error:  # TFDS raises assorted types
+    raise Refusal(f"{folder} is damaged ({first_line(error)}); delete it and prepare '{name}' again.") from error
 
 
 def check(builder, spec):

@@ -37,10 +37,6 @@ def prepare(name, data_dir, source=None, image_size=None, channels=None, photogr
   Raises:
     Refusal: a bad name, a missing or wrong source, splits of the wrong size, or a place that cannot be written.
   """
-  import tensorflow_datasets as tfds
-
-  from cpsc_jax.datasets import builders, folders
-
   ready_made = name in datasets.DATASETS
   if ready_made and (image_size, channels, photographs) != (None, None, True):
     raise Refusal(f"'{name}' is as it is; --image_size, --channels and --no_flip are for data sets of your own.")
@@ -54,30 +50,38 @@ def prepare(name, data_dir, source=None, image_size=None, channels=None, photogr
   data_dir = datasets.resolve_data_dir(data_dir)
   source = source and os.path.abspath(os.path.expanduser(source))
   try:
-    with scratch_folder(name, data_dir) as scratch:
-      there = datasets.prepared(name, data_dir)  # by now, perhaps by another process
-      if there:
-        return there.data_dir
-      if ready_made:
-        spec = datasets.describe(name, data_dir)
-        builder = builders.from_archive(name, scratch, source)
-      else:
-        found = folders.survey(source, image_size, channels, photographs)
-        spec = found[0]
-        builder = builders.from_folder(name, scratch, found, image_size)
-      downloads = None if source or spec.bundled else os.path.join(data_dir, DOWNLOADS)
-      tfds.display_progress_bar(False)
-      with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_dir=downloads)
-      datasets.check(builder, spec)
-      final = os.path.join(data_dir, os.path.relpath(builder.data_dir, scratch))
-      os.makedirs(os.path.dirname(final), exist_ok=True)
-      os.rename(builder.data_dir, final)
-      return final
+    if not datasets.prepared(name, data_dir):
+      with scratch_folder(name, data_dir) as scratch:
+        if not datasets.prepared(name, data_dir):  # by another process, while we waited for it
+          write(name, data_dir, scratch, source, image_size, channels, photographs)
   except (OSError, RuntimeError) as error:  # array_record's writer raises the latter where a disk is full
     raise Refusal(
       f"cannot prepare data set '{name}' in {data_dir} ({first_line(error)}); make room or choose another --data_dir."
     ) from error
+  return datasets.require(name, data_dir).data_dir
+
+
+def write(name, data_dir, scratch, source, image_size, channels, photographs):
+  """Lets TFDS write to `scratch`, checks what came out and moves it to its place; arguments as of `prepare`."""
+  import tensorflow_datasets as tfds
+
+  from cpsc_jax.datasets import builders, folders
+
+  if name in datasets.DATASETS:
+    spec = datasets.describe(name, data_dir)
+    builder = builders.from_archive(name, scratch, source)
+  else:
+    found = folders.survey(source, image_size, channels, photographs)
+    spec = found[0]
+    builder = builders.from_folder(name, scratch, found, image_size)
+  downloads = None if source or spec.bundled else os.path.join(data_dir, DOWNLOADS)
+  tfds.display_progress_bar(False)
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(download_dir=downloads)
+  datasets.check(builder, spec)
+  final = os.path.join(data_dir, os.path.relpath(builder.data_dir, scratch))
+  os.makedirs(os.path.dirname(final), exist_ok=True)
+  os.rename(builder.data_dir, final)
 
 
 @contextlib.contextmanager
