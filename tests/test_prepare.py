@@ -202,6 +202,8 @@ def test_a_damaged_tiny_imagenet_is_refused(tmp_path, monkeypatch):
   for name, data, word in (
     (some, tiny_files()[some][:50], f"{some} is damaged"),
     (some, None, f"lacks {some}"),
+    (some, builders.png(np.zeros((32, 32), np.uint8)), f"{some} is 32x32, not 64x64"),
+    ("wnids.txt", b"\xff" * 20, "does not name the 200 classes"),
     ("wnids.txt", b"n00000001\n", "does not name the 200 classes"),
     ("val/val_annotations.txt", b"val_0.JPEG\n", "does not give every image a class"),
     ("val/val_annotations.txt", b"val_0.JPEG\tn00000200\n", "does not give every image a class"),

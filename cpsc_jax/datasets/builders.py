@@ -190,8 +190,9 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
       check_digest(path, digest_of(path, "md5"), self.MD5, self.URL)
     try:
       read = opener(path, "tiny-imagenet-200/")
-      wnids = sorted(read("wnids.txt").decode().split())
-      lines = [line.split("\t") for line in read("val/val_annotations.txt").decode().splitlines()]
+      text = lambda name: read(name).decode(errors="replace")
+      wnids = sorted(text("wnids.txt").split())
+      lines = [line.split("\t") for line in text("val/val_annotations.txt").splitlines()]
     except UNREADABLE as error:
       raise Refusal(f"{path} is not '{self.name}' ({first_line(error)}); get it from {self.URL}.") from error
     self._name_classes("label", wnids, path)
@@ -211,7 +212,10 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
         data = io.BytesIO(read(name))
       except UNREADABLE as error:
         raise Refusal(f"'{self.name}' lacks {name} ({first_line(error)}); unpack it again.") from error
-      yield name, {"image": png(folders.read(data, mode="RGB", where=name)), "label": wnid}
+      image = folders.read(data, mode="RGB", where=name)
+      if image.size != (64, 64):
+        raise Refusal(f"{name} is {image.width}x{image.height}, not 64x64; unpack '{self.name}' again.")
+      yield name, {"image": png(image), "label": wnid}
 
 
 class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
