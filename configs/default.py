@@ -20,7 +20,7 @@ def get_config(variant=""):
   c.precision = "float32"  # of convolutions and the generator's linear layer: float32, bfloat16 or float16
 
   c.dataset = d = ml_collections.ConfigDict()
-  d.name = "cifar10"  # a row of cpsc_jax.datasets.DATASETS
+  d.name = "cifar10"  # a row of cpsc_jax.datasets.DATASETS, or what your own images were prepared as
   d.data_dir = ""  # where prepared data live; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
 
   c.teacher = t = ml_collections.ConfigDict()

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import Refusal, first_line
 
 CARD = "net.json"
+CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
 
 
 def digest(tree):
@@ -65,7 +66,7 @@ class Keeper:
           return found.tree, found.record
         reason = "its digest differs"
       except Exception as error:  # Orbax raises assorted types for damaged files
-        reason = _first_line(error)
+        reason = first_line(error)
       logging.getLogger("cpsc_jax").warning(
         "checkpoint %s of %s is damaged (%s)", step, self._manager.directory, reason
       )
@@ -82,7 +83,18 @@ class Keeper:
 
 
 def save_net(directory, variables, card):
-  """Writes variables (an Orbax checkpoint) and `card` (what the net is) to `directory`, whole or not at all."""
+  """Writes variables (an Orbax checkpoint) and `card` (what the net is) to `directory`, whole or not at all.
+
+  Variables without batch norm need no "batch_stats". The card names the net as in nets.NETS, the shape of its problem
+  and how its input is normalised (CARD_KEYS); whatever else it says is kept.
+
+  Raises:
+    Refusal: the card lacks a key.
+  """
+  missing = [key for key in CARD_KEYS if key not in card]
+  if missing:
+    raise Refusal(f"the card of the net for {directory} lacks {', '.join(missing)}.")
+  variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
   shutil.rmtree(scratch, ignore_errors=True)
@@ -130,7 +142,7 @@ def load_net(directory, like):
       variables = reader.restore(directory / "variables", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
   except Exception as error:  # Orbax raises assorted types for damaged files
     raise Refusal(
-      f"the net saved in {directory} cannot be read ({_first_line(error)}); restore or make it again."
+      f"the net saved in {directory} cannot be read ({first_line(error)}); restore or make it again."
     ) from error
   if digest(variables) != card["digest"]:
     raise Refusal(
@@ -141,7 +153,3 @@ def load_net(directory, like):
 
 def quieten():
   logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def _first_line(error):
-  return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

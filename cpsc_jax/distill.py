@@ -55,7 +55,7 @@ def run(config, workdir, started=None):
   student_says = classify(student_net)
   sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
   sample_key = jax.random.fold_in(jax.random.key(config.seed), 2)
-  data_free = config.arm in ("distill", "untrained_generator")
+  data_free = config.arm not in settings.REAL_ARMS
   if data_free:
     epoch, state = data_free_arm(config, game, teacher)
     trained = lambda state: state.student
@@ -157,7 +157,7 @@ def run(config, workdir, started=None):
 
 def build_game(config, mesh, teacher_net, card):
   """The `Game` of a config for one teacher: nets, terms and optimisers."""
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   dtype = None if config.precision == "float32" else jnp.dtype(config.precision)
   student = nets.classifier(config.student.net, spec.num_classes, dtype)
   width = lambda net: nets.feature_width(net, spec.image_shape)
@@ -167,6 +167,9 @@ def build_game(config, mesh, teacher_net, card):
   generator = nets.generator(
     config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width, dtype
   )
+  if config.loss.generator.bn and not nets.has_batch_norm(teacher_net, spec.image_shape):
+    say("the teacher has no batch norm: config.loss.generator.bn has nothing to act on and is off")
+    config = settings.override(config, "loss.generator.bn", 0.0)
   generator_steps = 0 if config.arm == "untrained_generator" else config.generator.steps
   steps = config.schedule.iterations
   return algorithm.Game(
@@ -198,7 +201,7 @@ def augmentation(config, card):
 
 def data_free_arm(config, game, teacher):
   """(epoch program, initial state) of a distillation; the epoch is a function of the state."""
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   epoch = algorithm.compile_epoch(game, config.schedule.iterations)
   return lambda state: epoch(state, teacher), algorithm.initial_state(game, config.seed, spec.image_shape)
 

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user's eyes."""
+"""What is meant for the user's eyes."""
 
 
 class Refusal(Exception):
@@ -15,3 +15,8 @@ class NonFiniteLoss(Refusal):
   """Training produced a NaN or an infinity; the last good checkpoint is kept."""
 
   exit_code = 3
+
+
+def first_line(error):
+  """An exception in one line: its type and what it says first."""
+  return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

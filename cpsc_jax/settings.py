@@ -8,7 +8,8 @@ from cpsc_jax import datasets, methods, nets
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import check_divisible
 
-ARMS = ("distill", "untrained_generator", "real_kd", "real_labels")
+REAL_ARMS = ("real_kd", "real_labels")
+ARMS = ("distill", "untrained_generator", *REAL_ARMS)
 PRECISIONS = ("float32", "bfloat16", "float16")
 CHOICES = {
   "arm": ARMS,
@@ -65,13 +66,22 @@ def resolve(config, mesh):
   for key in POSITIVE:
     if flat[key] <= 0:
       raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   nets.classifier(config.teacher.net, spec.num_classes)
   nets.classifier(config.student.net, spec.num_classes)
   nets.generator(config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width)
   check_divisible(mesh, "config.schedule.batch_size", config.schedule.batch_size)
   if config.student.flip and not spec.photographs:
     raise Refusal(f"config.student.flip must be False for '{config.dataset.name}': its classes do not survive a flip.")
+  if "train" not in spec.sizes and not config.teacher.checkpoint:
+    raise Refusal(
+      f"data set '{config.dataset.name}' has no training split to train a teacher on; name a trained one in"
+      " config.teacher.checkpoint (python -m cpsc_jax.convert makes it from PyTorch weights)."
+    )
+  if "train" not in spec.sizes and config.arm in REAL_ARMS:
+    raise Refusal(
+      f"config.arm '{config.arm}' trains on real images, but data set '{config.dataset.name}' has no training split."
+    )
   if not config.teacher.checkpoint:
     check_divisible(mesh, "config.teacher.batch_size", config.teacher.batch_size)
     if config.teacher.batch_size > spec.sizes["train"]:
@@ -83,6 +93,13 @@ def resolve(config, mesh):
         f"config.teacher.flip must be False for '{config.dataset.name}': its classes do not survive a flip."
       )
   return ml_collections.FrozenConfigDict(config)
+
+
+def override(config, key, value):
+  """A frozen copy of `config` with one dotted key changed."""
+  copy = ml_collections.ConfigDict(config.to_dict())
+  copy.update_from_flattened_dict({key: value})
+  return ml_collections.FrozenConfigDict(copy)
 
 
 def dump(config):

@@ -24,7 +24,7 @@ def obtain_teacher(config, test, workdir, mesh):
   Raises:
     Refusal: a checkpoint that does not fit the data set.
   """
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   folder = pathlib.Path(config.teacher.checkpoint) if config.teacher.checkpoint else workdir / "teacher"
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     card = checkpoint.read_card(folder)
@@ -56,16 +56,17 @@ def check_teacher(config):
   """The card of config.teacher.checkpoint, if it fits the data set; reads no arrays.
 
   Raises:
-    Refusal: nothing saved there; other classes, image size or channels than the data set's.
+    Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's.
   """
   card = checkpoint.read_card(config.teacher.checkpoint)
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   for key in ("num_classes", "image_size", "channels"):
     if card.get(key) != getattr(spec, key):
       raise Refusal(
         f"the teacher in {config.teacher.checkpoint} has {key} {card.get(key)}, data set '{config.dataset.name}' has"
         f" {getattr(spec, key)}; name the data set that it was trained for in config.dataset.name."
       )
+  nets.classifier(card["net"], card["num_classes"])
   return card
 
 
@@ -79,12 +80,8 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
   key_init, key_run = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
   variables = nets.init(net, key_init, jnp.zeros((2, *spec.image_shape)))
   state = SupervisedState(step_counter(), key_run, algorithm.train_state(variables, tx))
-  prepare = lambda key, images: datasets.normalise(
-    datasets.augment(key, images, c.crop_pad, c.flip), spec.mean, spec.std
-  )
-  epoch = compile_epoch_on_data(
-    {"teacher": label_update(net, tx, c.label_smoothing)}, prepare, c.batch_size, steps, mesh
-  )
+  update = {"teacher": label_update(net, tx, c.label_smoothing)}
+  epoch = compile_epoch_on_data(update, preparation(c, spec, spec.mean, spec.std), c.batch_size, steps, mesh)
   classify = evaluate.compile_classifier(net, spec.mean, spec.std, config.evaluate.batch_size, mesh)
   plan = Plan(
     title="teacher",
@@ -105,21 +102,24 @@ def real_arm(config, game, teacher_variables, card):
   The arm "real_kd" keeps the student's terms, teacher and all, on real images and labels; "real_labels" has only
   their cross-entropy. The epoch is a function of the state; the state is a SupervisedState.
   """
-  spec = datasets.describe(config.dataset.name)
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   data = datasets.load_train(config.dataset.name, config.dataset.data_dir)
-  c = config.teacher
-
   update = label_update(game.student, game.student_tx)
   if config.arm == "real_kd":
     update = lambda state, x, y: algorithm.student_update(game, teacher_variables, state, x, y)
   start = algorithm.initial_state(game, config.seed, spec.image_shape)
   state = SupervisedState(start.step, start.key, start.student)
-  vary = lambda key, images: datasets.augment(key, images, c.crop_pad, c.flip and spec.photographs)
-  prepare = lambda key, images: datasets.normalise(vary(key, images), card["mean"], card["std"])
+  prepare = preparation(config.teacher, spec, card["mean"], card["std"])
   epoch = compile_epoch_on_data(
     {"student": update}, prepare, game.batch_size, config.schedule.iterations * game.student_steps, game.mesh
   )
   return lambda state: epoch(state, data.images, data.labels), state
+
+
+def preparation(c, spec, mean, std):
+  """(key, uint8 images) -> what a net is trained on: cropped and flipped as the teacher's section `c` says."""
+  flip = c.flip and spec.photographs
+  return lambda key, images: datasets.normalise(datasets.augment(key, images, c.crop_pad, flip), mean, std)
 
 
 def label_update(net, tx, label_smoothing=0.0):

@@ -107,7 +107,7 @@ def customary_data(facts):
 
 def image_size(args, family, data):
   """Height and width of the inputs: as the flags say, else as usual for the family or the data set."""
-  of_data = datasets.describe(data).image_size if data else 32
+  of_data = datasets.describe(data, args.data_dir).image_size if data else 32
   usual = of_data if args.check else family.image_size or of_data
   size = usual if args.image_size is None else args.image_size
   if not 8 <= size <= 1024:
@@ -124,8 +124,8 @@ def normalisation(args, family, facts, data):
     mean, std, origin = args.mean, args.std, "as given"
   elif family.normalisation:
     (mean, std), origin = family.normalisation, f"customary for this family; {advice}"
-  elif data:
-    spec = datasets.describe(data)
+  elif data and datasets.describe(data, args.data_dir).mean:
+    spec = datasets.describe(data, args.data_dir)
     mean, std, origin = spec.mean, spec.std, f"that of '{data}', as is customary; {advice}"
   else:
     raise Refusal(f"no normalisation is customary for {facts['num_classes']} classes; give --mean and --std.")
@@ -161,7 +161,7 @@ def check_flags(args, card):
   if args.check and card["net"] in nets.GENERATORS:
     raise Refusal(f"{args.source} is a generator; --check is for classifiers.")
   for key in ("num_classes", "image_size", "channels") if args.check else ():
-    wanted = getattr(datasets.describe(args.check), key)
+    wanted = getattr(datasets.describe(args.check, args.data_dir), key)
     if card[key] != wanted:
       raise Refusal(
         f"--check {args.check} has {key} {wanted}, but {args.source} {card[key]}; leave it out or change it."

@@ -1,10 +1,12 @@
-"""The data sets as one table, and their splits as device-resident arrays.
+"""The data sets, and their splits as device-resident arrays.
 
-A data set is a row of DATASETS and a TFDS builder; array_record files are read without TensorFlow. `load_test` serves
-evaluation; `load_train` is for `cpsc_jax.teach` alone.
+A data set is a row of DATASETS with a TFDS builder, or a folder of images that `datasets.prepare` took in under a name
+of the user's. array_record files are read without TensorFlow. `load_test` serves evaluation; `load_train` is for
+`cpsc_jax.teach` alone.
 """
 
 import dataclasses
+import json
 import logging
 import os
 
@@ -12,7 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import Refusal, first_line
+
+FILE_FORMAT = "array_record"
+OWN_VERSION = "1.0.0"  # of data sets of the user's; TFDS wants one
+OWN_RECORD = "metadata.json"  # where TFDS keeps what a builder has to add: here, the `Dataset` of such a data set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +27,10 @@ class Dataset:
 
   Attributes:
     num_classes, image_size, channels: the shape of the problem; images are square.
-    mean, std: per channel, of training pixels scaled to [0, 1]; the default normalisation of a teacher.
+    mean, std: per channel, of training pixels scaled to [0, 1]; what a teacher trained here is normalised with. None
+      without a training split: a given teacher brings its own.
+    sizes: images in each split; without "train" there is no training split.
     test_split: the split that is evaluated on.
-    sizes: images in each split.
     photographs: whether random crops and flips keep the label; digits do not survive a flip.
     bundled: prepared by itself on first use, from an installed package.
   """
@@ -31,8 +38,8 @@ class Dataset:
   num_classes: int
   image_size: int
   channels: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
+  mean: tuple[float, ...] | None
+  std: tuple[float, ...] | None
   sizes: dict[str, int]
   test_split: str = "test"
   photographs: bool = True
@@ -67,11 +74,25 @@ class Split:
     return self.labels.shape[0]
 
 
-def describe(name):
-  """The row of DATASETS called `name`; a Refusal if there is none."""
-  if name not in DATASETS:
-    raise Refusal(f"no data set '{name}'; choose one of {', '.join(DATASETS)}.")
-  return DATASETS[name]
+def describe(name, data_dir):
+  """What is known about data set `name`: its row of DATASETS, or what was prepared under `data_dir` by that name.
+
+  Raises:
+    Refusal: neither is there, or what is there cannot be read.
+  """
+  if name in DATASETS:
+    return DATASETS[name]
+  path = os.path.join(resolve_data_dir(data_dir), name, OWN_VERSION, OWN_RECORD)
+  try:
+    with open(path) as file:
+      return Dataset(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.load(file).items()})
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise Refusal(
+      f"no data set '{name}'; choose one of {', '.join(DATASETS)}, or prepare your own: python -m"
+      f" cpsc_jax.datasets.prepare {name} --data_dir {resolve_data_dir(data_dir)} --from FOLDER"
+    ) from error
+  except (OSError, ValueError, TypeError) as error:
+    raise Refusal(f"{path} is not what preparing data set '{name}' writes ({error}); prepare it again.") from error
 
 
 def resolve_data_dir(data_dir):
@@ -80,30 +101,63 @@ def resolve_data_dir(data_dir):
 
 
 def require(name, data_dir):
-  """Makes sure, at once and offline, that a data set is prepared; bundled ones are prepared here.
+  """The TFDS builder that reads a data set, found at once and offline; bundled ones are prepared here.
 
   Raises:
     Refusal: unknown name, or not prepared; the message names the preparing command.
   """
-  spec = describe(name)
-  data_dir = resolve_data_dir(data_dir)
-  builder = _builder(name, data_dir)
-  if builder.is_prepared():
-    _check_sizes(builder, name, spec, data_dir)
-  elif spec.bundled:
+  spec, data_dir = describe(name, data_dir), resolve_data_dir(data_dir)
+  if spec.bundled and not prepared(name, data_dir):
     from cpsc_jax.datasets.prepare import prepare
 
     prepare(name, data_dir)
-  else:
+  builder = prepared(name, data_dir)
+  if not builder:
     raise Refusal(
       f"data set '{name}' is not prepared in {data_dir}; run: python -m cpsc_jax.datasets.prepare {name}"
       f" --data_dir {data_dir} --from ARCHIVE"
+    )
+  check(builder, spec)
+  return builder
+
+
+def prepared(name, data_dir):
+  """A TFDS builder that reads what is prepared as `name` under `data_dir`, or None where nothing is.
+
+  Raises:
+    Refusal: something is, but it is damaged.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what it could do better with other packages
+  import tensorflow_datasets as tfds
+
+  from cpsc_jax.datasets import builders
+
+  folder = os.path.join(data_dir, name, str(builders.BUILDERS[name].VERSION) if name in DATASETS else OWN_VERSION)
+  if not os.path.exists(os.path.join(folder, "dataset_info.json")):
+    return None
+  try:
+    return tfds.builder_from_directory(folder)
+  except Exception as error:  # TFDS raises assorted types
+    raise Refusal(f"{folder} is damaged ({first_line(error)}); delete it and prepare '{name}' again.") from error
+
+
+def check(builder, spec):
+  """Raises a Refusal unless what a TFDS builder wrote has the splits of `spec` and can be read without TensorFlow."""
+  have = {split: info.num_examples for split, info in builder.info.splits.items()}
+  if any(have.get(split) != size for split, size in spec.sizes.items()):
+    raise Refusal(
+      f"data set '{builder.name}' has splits {have}, not {spec.sizes}; delete {builder.data_dir} and prepare it again."
+    )
+  if builder.info.file_format.value != FILE_FORMAT:
+    raise Refusal(
+      f"{builder.data_dir} was written as {builder.info.file_format.value}, which only TensorFlow reads; prepare"
+      f" '{builder.name}' in another --data_dir."
     )
 
 
 def load_test(name, data_dir):
   """The split of `name` that is evaluated on, whole, as a `Split`."""
-  return _load(name, describe(name).test_split, data_dir)
+  return _load(name, describe(name, data_dir).test_split, data_dir)
 
 
 def load_train(name, data_dir):
@@ -141,25 +195,15 @@ def augment(key, images, pad, flip, fill=0):
 
 
 def _load(name, split, data_dir):
-  source = _builder(name, resolve_data_dir(data_dir)).as_data_source(split=split)
-  images = np.empty((len(source), *describe(name).image_shape), np.uint8)
-  labels = np.empty((len(source),), np.int32)
-  for i, example in enumerate(source):
-    images[i], labels[i] = example["image"], example["label"]
-  return Split(jnp.asarray(images), jnp.asarray(labels))
-
-
-def _builder(name, data_dir):
-  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of every folder that is not there yet
-  from cpsc_jax.datasets import builders
-
-  return builders.BUILDERS[name](data_dir=data_dir, file_format="array_record")
-
-
-def _check_sizes(builder, name, spec, data_dir):
-  have = {split: info.num_examples for split, info in builder.info.splits.items()}
-  if any(have.get(split) != size for split, size in spec.sizes.items()):
+  builder = require(name, data_dir)
+  try:
+    source = builder.as_data_source(split=split)
+    images = np.empty((len(source), *describe(name, data_dir).image_shape), np.uint8)
+    labels = np.empty((len(source),), np.int32)
+    for i, example in enumerate(source):
+      images[i], labels[i] = example["image"], example["label"]
+  except Exception as error:  # array_record and TFDS raise assorted types for missing and damaged files
     raise Refusal(
-      f"data set '{name}' in {data_dir} has splits {have}, not {spec.sizes}; delete {builder.data_dir} and prepare it"
-      " again."
-    )
+      f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{name}' again."
+    ) from error
+  return Split(jnp.asarray(images), jnp.asarray(labels))

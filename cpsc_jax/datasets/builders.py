@@ -1,32 +1,60 @@
-"""TFDS builders that read original archives without TensorFlow and write array_record files.
+"""TFDS builders that read original archives, or folders of images, without TensorFlow and write array_record files.
 
 The CIFAR and SVHN builders carry the stock builders' names, versions and features, so that what they prepare is what
 `tfds.data_source` reads.
 """
 
+import dataclasses
+import hashlib
 import io
-import os
 import pathlib
+import queue
 import tarfile
+import threading
+import urllib.request
 import zipfile
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cpsc_jax.errors import Refusal
+from cpsc_jax.datasets import FILE_FORMAT, OWN_VERSION, folders
+from cpsc_jax.errors import Refusal, first_line
+
+SECONDS_TO_ANSWER = 5.0
+UNREADABLE = (OSError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 class FromArchive:
-  """Mixin: `archive` is the original archive's path; None lets TFDS download it to its own cache."""
+  """Mixin: `source` is the original archive or the folder unpacked from it; None lets TFDS download the archive."""
 
-  archive = None
+  source = None
 
-  def _open(self, dl_manager, url):
-    path = pathlib.Path(self.archive or dl_manager.download(url))
+  def _fetch(self, dl_manager, url):
+    """The path that the user gave, or that of what TFDS downloads from `url`, whose checksum it knows."""
+    file = url.rsplit("/", 1)[1]
+    if self.source is None:
+      try:
+        check_answers(url)
+        return pathlib.Path(dl_manager.download(url))
+      except Exception as error:  # TFDS raises assorted types
+        raise Refusal(
+          f"cannot download {url} ({first_line(error)}); get {file} in another way and name it with --from."
+        ) from error
+    path = pathlib.Path(self.source)
     if not path.exists():
-      raise Refusal(f"{path} does not exist; --from takes the original archive of '{self.name}' ({url}).")
+      raise Refusal(f"{path} does not exist; --from takes {file} or the folder unpacked from it ({url}).")
     return path
+
+  def _name_classes(self, key, names, path):
+    """Enters the class names of feature `key`; those of every archive here are in alphabetical order."""
+    feature = self.info.features[key]
+    if len(names) != feature.num_classes or names != sorted(set(names)):
+      raise Refusal(
+        f"{path} does not name the {feature.num_classes} classes of '{self.name}' ({key}) in order; get it again."
+      )
+    feature.names = names
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -57,23 +85,23 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _Cifar(FromArchive):
+  """Reads the binary version: the archive as published, or its parts, whose MD5 sums are known, packed in any way."""
+
   def _split_generators(self, dl_manager):
     info = self._cifar_info
-    archive = self._open(dl_manager, info.url)
-    wanted = [*info.train_files, *info.test_files, *info.label_files]
+    path = self._fetch(dl_manager, info.url)
     try:
-      with tarfile.open(archive) as tar:
-        files = {name: tar.extractfile(info.prefix + name).read() for name in wanted}
-    except (tarfile.TarError, KeyError, OSError, EOFError) as error:
+      read = opener(path, info.prefix)
+      files = {name: read(name) for name in [*info.train_files, *info.test_files, *info.label_files]}
+      as_published = path.is_file() and digest_of(path, "sha256") == published_sha256(self.name, info.url)
+    except UNREADABLE as error:
       raise Refusal(
-        f"{archive} is not the binary archive of '{self.name}' ({error}); get it from {info.url}."
+        f"{path} is not the binary version of '{self.name}' ({first_line(error)}); get it from {info.url}."
       ) from error
-    record = len(info.label_keys) + 3072
-    for name in (*info.train_files, *info.test_files):
-      if not files[name] or len(files[name]) % record:
-        raise Refusal(f"{name} in {archive} has {len(files[name])} bytes, not a multiple of {record}; get it again.")
+    for name, md5 in {} if as_published else self.MD5.items():
+      check_digest(f"{name} in {path}", hashlib.md5(files[name]).hexdigest(), md5, info.url)
     for key, name in zip(info.label_keys, info.label_files, strict=True):
-      self.info.features[key].names = [n for n in files[name].decode().split("\n") if n]
+      self._name_classes(key, files[name].decode(errors="replace").split(), path)
     join = lambda names: b"".join(files[n] for n in names)
     return {
       "train": self._generate_examples("train_", join(info.train_files)),
@@ -90,10 +118,19 @@ class _Cifar(FromArchive):
 
 class Cifar10(_Cifar, tfds.image_classification.Cifar10, skip_registration=True):
   name = "cifar10"
+  MD5 = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+  }
 
 
 class Cifar100(_Cifar, tfds.image_classification.Cifar100, skip_registration=True):
   name = "cifar100"
+  MD5 = {"train.bin": "6172c7755cfe09b2fe270c85cebc1b15", "test.bin": "4499cfba6c016c1be1438163640a0898"}
 
 
 class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -107,15 +144,19 @@ class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registratio
     return _image_info(self, "Street View House Numbers, cropped digits (Netzer et al., 2011).", (32, 32, 3), 10)
 
   def _split_generators(self, dl_manager):
-    files = {"train": "train_32x32.mat", "test": "test_32x32.mat", "extra": "extra_32x32.mat"}
-    if self.archive is None:
-      paths = {split: dl_manager.download(self.URL + name) for split, name in files.items()}
+    files = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
+    if self.source is None:
+      paths = {split: self._fetch(dl_manager, self.URL + files[split]) for split in ("train", "test")}
     else:
-      paths = {split: pathlib.Path(self.archive) / name for split, name in files.items()}
+      paths = {split: pathlib.Path(self.source) / file for split, file in files.items()}
       for split in ("train", "test"):
         if not paths[split].exists():
           raise Refusal(f"{paths[split]} does not exist; --from takes a folder with {', '.join(files.values())}.")
-    return {split: self._generate_examples(path) for split, path in paths.items() if os.path.exists(path)}
+    paths = {split: path for split, path in paths.items() if path.exists()}
+    for split, path in paths.items():
+      url = self.URL + files[split]
+      check_digest(path, digest_of(path, "sha256"), published_sha256(self.name, url), url)
+    return {split: self._generate_examples(path) for split, path in paths.items()}
 
   def _generate_examples(self, path):
     import scipy.io
@@ -127,11 +168,16 @@ class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registratio
 
 
 class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Tiny-ImageNet-200 from its original zip: 200 classes, 64x64; greyscale images become RGB."""
+  """Tiny-ImageNet-200: 200 classes, 64x64; greyscale images become RGB.
+
+  Classes are in the order of their WordNet ids, as torchvision's ImageFolder numbers them, not in that of wnids.txt.
+  """
 
   name = "tiny_imagenet"
   VERSION = tfds.core.Version("1.0.0")
   URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+  MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+  PER_CLASS = 500
 
   def _info(self):
     return _image_info(
@@ -139,29 +185,63 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
     )
 
   def _split_generators(self, dl_manager):
-    path = self._open(dl_manager, self.URL)
+    path = self._fetch(dl_manager, self.URL)
+    if path.is_file():
+      check_digest(path, digest_of(path, "md5"), self.MD5, self.URL)
     try:
-      archive = zipfile.ZipFile(path)
-      root = "tiny-imagenet-200/"
-      wnids = archive.read(root + "wnids.txt").decode().split()
-      rows = [line.split("\t") for line in archive.read(root + "val/val_annotations.txt").decode().splitlines()]
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-      raise Refusal(f"{path} is not the archive of '{self.name}' ({error}); get it from {self.URL}.") from error
-    self.info.features["label"].names = wnids
-    train = [
-      (n, n.split("/")[2]) for n in sorted(archive.namelist()) if n.startswith(root + "train/") and n.endswith(".JPEG")
-    ]
-    validation = [(f"{root}val/images/{row[0]}", row[1]) for row in rows]
+      read = opener(path, "tiny-imagenet-200/")
+      text = lambda name: read(name).decode(errors="replace")
+      wnids = sorted(text("wnids.txt").split())
+      lines = [line.split("\t") for line in text("val/val_annotations.txt").splitlines()]
+    except UNREADABLE as error:
+      raise Refusal(f"{path} is not '{self.name}' ({first_line(error)}); get it from {self.URL}.") from error
+    self._name_classes("label", wnids, path)
+    classes = {line[0]: line[1] for line in lines if len(line) > 1}
+    if not classes or set(classes.values()) - set(wnids):
+      raise Refusal(f"val/val_annotations.txt in {path} does not give every image a class; get it again.")
+    train = [(f"train/{wnid}/images/{wnid}_{i}.JPEG", wnid) for wnid in wnids for i in range(self.PER_CLASS)]
+    validation = [(f"val/images/{file}", wnid) for file, wnid in classes.items()]
     return {
-      "train": self._generate_examples(archive, train),
-      "validation": self._generate_examples(archive, validation),
+      "train": self._generate_examples(read, train),
+      "validation": self._generate_examples(read, validation),
     }
 
-  def _generate_examples(self, archive, rows):
-    names = self.info.features["label"]
-    for path, wnid in rows:
-      image = np.asarray(Image.open(io.BytesIO(archive.read(path))).convert("RGB"))
-      yield path, {"image": png(image), "label": names.str2int(wnid)}
+  def _generate_examples(self, read, rows):
+    for name, wnid in rows:
+      try:
+        data = io.BytesIO(read(name))
+      except UNREADABLE as error:
+        raise Refusal(f"'{self.name}' lacks {name} ({first_line(error)}); unpack it again.") from error
+      image = folders.read(data, mode="RGB", where=name)
+      if image.size != (64, 64):
+        raise Refusal(f"{name} is {image.width}x{image.height}, not 64x64; unpack '{self.name}' again.")
+      yield name, {"image": png(image), "label": wnid}
+
+
+class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A data set of the user's, from what `folders.survey` found; its `Dataset` is kept with it."""
+
+  VERSION = tfds.core.Version(OWN_VERSION)
+
+  def __init__(self, name, found, image_size, **kwargs):
+    self.name, self.image_size = name, image_size
+    self.spec, self.classes, self.rows = found
+    super().__init__(**kwargs)
+
+  def _info(self):
+    record = tfds.core.MetadataDict(dataclasses.asdict(self.spec))
+    info = _image_info(self, "A folder of images.", self.spec.image_shape, self.spec.num_classes, record)
+    info.features["label"].names = self.classes
+    return info
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(rows) for split, rows in self.rows.items()}
+
+  def _generate_examples(self, rows):
+    mode = folders.MODES[self.spec.channels]
+    for path, label in rows:
+      image = folders.read(path, self.image_size, mode)
+      yield f"{label}/{path.name}", {"image": png(image), "label": label}
 
 
 BUILDERS = {
@@ -173,7 +253,19 @@ BUILDERS = {
 }
 
 
-def _image_info(builder, description, shape, num_classes):
+def from_archive(name, data_dir, source):
+  """The builder of a row of DATASETS, to write under `data_dir` what it reads from `source`."""
+  builder = BUILDERS[name](data_dir=data_dir, file_format=FILE_FORMAT)
+  builder.source = source
+  return builder
+
+
+def from_folder(name, data_dir, found, image_size):
+  """The builder of a data set of the user's, to write under `data_dir` what `folders.survey` found."""
+  return Folder(name, found, image_size, data_dir=data_dir, file_format=FILE_FORMAT)
+
+
+def _image_info(builder, description, shape, num_classes, metadata=None):
   features = {
     "image": tfds.features.Image(shape=shape, encoding_format="png"),
     "label": tfds.features.ClassLabel(num_classes=num_classes),
@@ -183,6 +275,7 @@ def _image_info(builder, description, shape, num_classes):
     description=description,
     features=tfds.features.FeaturesDict(features),
     supervised_keys=("image", "label"),
+    metadata=metadata,
   )
 
 
@@ -192,3 +285,52 @@ def png(image):
   buffer = io.BytesIO()
   Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image).save(buffer, "PNG")
   return buffer.getvalue()
+
+
+def opener(path, prefix):
+  """name -> bytes of the file prefix + name in a .tar.gz or .zip, or of the same in a folder unpacked from it."""
+  if path.is_dir():
+    root = path / prefix if (path / prefix).is_dir() else path
+    return lambda name: (root / name).read_bytes()
+  if zipfile.is_zipfile(path):
+    archive = zipfile.ZipFile(path)
+    return lambda name: archive.read(prefix + name)
+  with tarfile.open(path) as archive:  # in the order of the archive: any other would unpack it again and again
+    inside = (member for member in archive if member.isfile() and member.name.startswith(prefix))
+    files = {member.name: archive.extractfile(member).read() for member in inside}
+  return lambda name: files[prefix + name]
+
+
+def digest_of(path, algorithm):
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def published_sha256(name, url):
+  """What TFDS has on record for the stock data set `name`."""
+  return tfds.builder_cls(name).url_infos[url].checksum
+
+
+def check_digest(what, have, want, url):
+  if have != want:
+    raise Refusal(f"{what} is not the original (checksum {have}, not {want}); get it again from {url}.")
+
+
+def check_answers(url):
+  """Raises within seconds unless `url` can be had: without a network TFDS tries for minutes."""
+  answer = queue.SimpleQueue()
+
+  def ask():
+    try:
+      urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER).close()
+      answer.put(None)
+    except Exception as error:
+      answer.put(error)
+
+  threading.Thread(target=ask, daemon=True).start()  # looking up a name knows no time limit of its own
+  try:
+    error = answer.get(timeout=2 * SECONDS_TO_ANSWER)
+  except queue.Empty:
+    raise TimeoutError("no answer") from None
+  if error:
+    raise error

@@ -11,11 +11,13 @@ from clu import parameter_overview
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
 from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator
-from cpsc_jax.nets.layers import FeatureHead, observe_batch_norm
+from cpsc_jax.nets.layers import FeatureHead, observe_batch_norm, outputs
 from cpsc_jax.nets.mobilenet import MobileNetV2
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
 
+# name -> (num_classes, dtype=None) -> a module whose apply(variables, x (N, H, W, K), train=...) gives an `Output`.
+# Scripts may add their own (README.md).
 NETS = {
   "resnet18": resnet.resnet18,
   "resnet34": resnet.resnet34,
@@ -97,7 +99,10 @@ def forward(net, variables, *inputs, train):
 
 
 def forward_observed(net, variables, x):
-  """A frozen net in evaluation mode: (output, moments, running), as `losses.bn_statistics` takes them."""
+  """A frozen net in evaluation mode: (output, moments, running), as `losses.bn_statistics` takes them.
+
+  Without batch norm both are empty, and the variables need no "batch_stats".
+  """
   output, moments = observe_batch_norm(lambda: net.apply(variables, x, train=False))
   return output, moments, {path: _at(variables["batch_stats"], path) for path in moments}
 
@@ -114,6 +119,12 @@ def feature_width(net, image_shape):
   return jax.eval_shape(shape, jax.random.key(0), jnp.zeros((2, *image_shape))).shape[-1]
 
 
+def has_batch_norm(net, image_shape):
+  """Whether `forward_observed` would observe anything on images of that shape; nothing is computed."""
+  seen = lambda key, x: observe_batch_norm(lambda: net.init_with_output(key, x, train=False))[1]
+  return bool(jax.eval_shape(seen, jax.random.key(0), jnp.zeros((2, *image_shape))))
+
+
 def count_parameters(params):
   return int(parameter_overview.count_parameters(params))
 
@@ -122,7 +133,7 @@ def without_head(net, variables):
   """(net, variables) of the classifier alone: what is deployed has no feature head."""
   if not isinstance(net, FeatureHead):
     return net, variables
-  return net.net, {collection: tree["net"] for collection, tree in variables.items()}
+  return net.net, {collection: tree["net"] if tree else {} for collection, tree in variables.items()}
 
 
 def _at(tree, path):
@@ -132,6 +143,7 @@ def _at(tree, path):
 
 
 __all__ = [
+  "NETS",
   "FeatureHead",
   "classifier",
   "count_parameters",
@@ -139,6 +151,8 @@ __all__ = [
   "forward",
   "forward_observed",
   "generator",
+  "has_batch_norm",
   "init",
+  "outputs",
   "without_head",
 ]
