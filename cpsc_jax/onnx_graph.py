@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from cpsc_jax.errors import Refusal
 
 OPSET, IR_VERSION = 18, 8  # onnxruntime 1.14 and later
-WRAPPERS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
+WRAPPERS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 
 
 class Tensor(NamedTuple):
@@ -96,7 +96,8 @@ class Graph:
     if inner is not None:
       jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
       return self.walk(jaxpr, consts, operands[len(operands) - len(jaxpr.invars) :])
-    if all(isinstance(o, Constant) for o in operands) and all(static(*v.aval.shape) for v in eqn.outvars):
+    fixed = all(isinstance(o, Constant) for o in operands) and all(static(*v.aval.shape) for v in eqn.outvars)
+    if fixed and name != "dim_as_value":  # which is the batch size
       result = eqn.primitive.bind(*(jnp.asarray(o.array) for o in operands), **eqn.params)
       origin = next((o.name for o in operands if o.name != "constant"), "constant")
       return [Constant(np.asarray(r), origin) for r in (result if many else [result])]

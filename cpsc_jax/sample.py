@@ -33,6 +33,8 @@ def sample(workdir, classes, per_class, seed, out):
     raise Refusal(f"--out {out} must end in .png (a picture) or .npz (arrays).")
   if not 1 <= per_class <= most:
     raise Refusal(f"--per_class {per_class} is not between 1 and {LARGEST_ROW}; an --out FILE.npz takes any number.")
+  if not 0 <= seed < 2**32:
+    raise Refusal(f"--seed {seed} is not between 0 and 2**32 - 1.")
   with saved.new_file(out) as scratch:
     generator = saved.load(saved.find(workdir, default="generator"))
     if not generator.is_generator:

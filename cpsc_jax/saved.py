@@ -17,7 +17,7 @@ GENERATOR_KEYS = ("latent_dim", "width")
 
 
 class SavedNet(NamedTuple):
-  """A module, its variables as NumPy arrays, and its card; a generator's card has latent_dim and width too."""
+  """A module, its variables, and its card; a generator's card has latent_dim and width too."""
 
   net: Any
   variables: Any
@@ -78,7 +78,8 @@ def load(folder):
   net, inputs = rebuild(card)
   like = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
   variables, _ = checkpoint.load_net(folder, like)
-  return SavedNet(net, jax.device_get(variables), card)
+  # Bound to no device, so that every caller may say where it computes.
+  return SavedNet(net, jax.tree.map(jnp.asarray, jax.device_get(variables)), card)
 
 
 def rebuild(card):
@@ -103,10 +104,10 @@ def new_file(path):
     Refusal: `path` exists, or cannot be written.
   """
   path = pathlib.Path(path)
-  if path.exists():
-    raise Refusal(f"{path} exists already; delete it or choose another --out.")
   scratch = path.with_name(f"partial.{path.name}")
   try:
+    if path.exists():
+      raise Refusal(f"{path} exists already; delete it or choose another --out.")
     scratch.touch()
     try:
       yield scratch

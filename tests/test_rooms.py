@@ -24,7 +24,7 @@ ROOMS = {
   "onnx_graph": {"errors"},
   "command": {"errors"},
   "saved": {"errors", "checkpoint", "nets"},
-  "export": {"errors", "progress", "nets", "convert", "saved", "command", "onnx_graph"},
+  "export": {"errors", "progress", "nets", "checkpoint", "convert", "saved", "command", "onnx_graph"},
   "sample": {"errors", "progress", "datasets", "report", "saved", "command"},
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
