@@ -38,7 +38,7 @@ def export(workdir, which, name, out):
   form = FORMATS[name]
   missing = [package for package in form.packages if not importlib.util.find_spec(package)]
   if missing:
-    raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install -e '.[{form.extra}]'")
+    raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install 'cpsc_jax[{form.extra}]'")
   # On the CPU: elsewhere float32 products may be rounded to less, and differ by more than the file is to blame for.
   with saved.new_file(out) as scratch, jax.default_device(jax.devices("cpu")[0]):
     net = saved.load(saved.find(workdir, which))

@@ -327,7 +327,7 @@ def test_a_missing_package_names_its_extra(form, capsys, tmp_path, finished, mon
   monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
   extra = {"onnx": "onnx", "stablehlo": "stablehlo"}.get(form, "torch")
   argv = (finished, "--format", form, "--out", tmp_path / "x")
-  refused(capsys, tmp_path, export.main, argv, f"pip install -e '.[{extra}]'")
+  refused(capsys, tmp_path, export.main, argv, f"pip install 'cpsc_jax[{extra}]'")
 
 
 def test_a_file_that_says_something_else_gets_no_name(capsys, tmp_path, finished, monkeypatch):
