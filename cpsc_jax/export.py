@@ -150,7 +150,10 @@ def largest_difference(net, run):
     for shape, dtype in inputs.values()
   ]
   ours = np.asarray(jax.jit(call)(net.variables, *arrays))
-  differences = [np.max(np.abs(run(*(a[:n] for a in arrays)) - ours[:n])) for n in BATCHES]
+  theirs = [np.asarray(run(*(a[:n] for a in arrays))) for n in BATCHES]
+  if any(t.shape != ours[:n].shape for n, t in zip(BATCHES, theirs, strict=True)):
+    return float("inf")
+  differences = [np.max(np.abs(t - ours[:n])) for n, t in zip(BATCHES, theirs, strict=True)]
   return float(np.max(differences) / np.max(np.abs(ours)))  # a NaN stays one
 
 

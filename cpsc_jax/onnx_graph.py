@@ -67,7 +67,11 @@ def build(function, variables, inputs, output, metadata):
     producer_name="cpsc_jax",
   )
   helper.set_model_props(model, metadata)
-  onnx.checker.check_model(model, full_check=True)
+  try:
+    onnx.checker.check_model(model, full_check=True)
+  except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    reason = " ".join(str(error).split())
+    raise Refusal(f"ONNX does not accept the graph ({reason}); --format stablehlo takes every net.") from error
   return model
 
 
@@ -279,8 +283,11 @@ def sliced(graph, x, axes, starts, ends, steps):
 def static_slice(graph, eqn, x):
   have, ends = eqn.invars[0].aval.shape, eqn.params["limit_indices"]
   steps = eqn.params["strides"] or (1,) * len(have)
-  wanted = zip(range(len(have)), eqn.params["start_indices"], ends, steps, strict=True)
-  return sliced(graph, x, *zip(*(w for w in wanted if static(have[w[0]])), strict=True))
+  every = zip(range(len(have)), eqn.params["start_indices"], ends, steps, strict=True)
+  cuts = [(axis, *cut) for axis, *cut in every if cut != [0, have[axis], 1]]
+  if not static(*(end for _, _, end, _ in cuts)):
+    raise cannot(eqn)
+  return sliced(graph, x, *zip(*cuts, strict=True)) if cuts else x
 
 
 def split(graph, eqn, x):

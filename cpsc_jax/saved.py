@@ -76,7 +76,9 @@ def load(folder):
   if lacking:
     raise Refusal(f"{folder / checkpoint.CARD} does not say {', '.join(lacking)}; save the net again.")
   net, inputs = rebuild(card)
-  like = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not the devices that it was saved from
+  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
   variables, _ = checkpoint.load_net(folder, like)
   # Bound to no device, so that every caller may say where it computes.
   return SavedNet(net, jax.tree.map(jnp.asarray, jax.device_get(variables)), card)

@@ -1,6 +1,7 @@
 """Taking nets out of a finished run: what the files hold, that they say what the net says, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ import torch_zoo as zoo  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # the others take 8 pixels, ImageNet's 32
-CLASSIFIERS = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8")
+EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *nets.GENERATORS)
+DEEPER = ("resnet34", "vgg13", "vgg16", *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")))
 CLASSES, LATENT, WIDTH = 5, 6, 4
 
 
@@ -48,7 +50,7 @@ def random_net(name, channels=3):
   return saved.SavedNet(net, variables, {**card, "digest": checkpoint.digest(variables)})
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *nets.GENERATORS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEPER else n for n in EVERY])
 def test_onnx_and_stablehlo_equal_jax(name, tmp_path, monkeypatch):
   net = random_net(name)
   assert export.write_onnx(tmp_path / "net.onnx", net) < 1e-5
@@ -85,7 +87,6 @@ def test_the_graph_is_as_small_as_the_net(tmp_path):
 TWINS = {
   "wrn_16_2": lambda: zoo.WideResNet(16, 2, CLASSES),
   "resnet18": lambda: zoo.ResNet((2, 2, 2, 2), CLASSES),
-  "resnet50": lambda: zoo.ResNet((3, 4, 6, 3), CLASSES, bottleneck=True),
   "vgg11": lambda: zoo.VGG((1, 1, 2, 2, 2), CLASSES),
   "cifar_resnet8": lambda: zoo.ThinResNet(8, CLASSES, free=True),
   "imagenet_resnet18": lambda: zoo.ImageNetResNet((2, 2, 2, 2), CLASSES),
@@ -230,6 +231,19 @@ def test_generators_of_older_runs(finished, tmp_path):
     saved.load(tmp_path / "w" / "generator")
   shutil.copy(finished / "config.json", tmp_path / "w")
   assert checkpoint.digest(saved.load(tmp_path / "w" / "generator").variables) == card["digest"]
+
+
+def test_a_net_saved_on_other_devices(finished, tmp_path):
+  program = """import sys, jax
+from cpsc_jax import checkpoint, mesh, saved
+net = saved.load(sys.argv[1])
+assert jax.device_count() == 8
+checkpoint.save_net(sys.argv[2], jax.device_put(net.variables, mesh.replicated(mesh.make_mesh())), net.card)"""
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  argv = [sys.executable, "-c", program, finished / "student", tmp_path / "net"]
+  subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+  digest = checkpoint.read_card(finished / "student")["digest"]
+  assert checkpoint.digest(saved.load(tmp_path / "net").variables) == digest
 
 
 def test_a_teacher_from_elsewhere_is_found(finished, tmp_path):
