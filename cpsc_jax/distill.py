@@ -95,6 +95,7 @@ def run(config, workdir, started=None):
   )
 
   shape = {k: card[k] for k in ("num_classes", "image_size", "channels", "mean", "std")}
+  shape["class_names"] = datasets.class_names(config.dataset.name, config.dataset.data_dir)
   student_card = {**shape, "net": config.student.net, "dataset": config.dataset.name, "teacher_digest": card["digest"]}
   checkpoint.save_net(workdir / "student", student_of(outcome.state), student_card)
   checkpoint.save_net(workdir / "student_best", outcome.best_variables, student_card)
@@ -105,7 +106,8 @@ def run(config, workdir, started=None):
       workdir / "samples.npz", images=datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"])
     )
     variables = outcome.state.generator.variables
-    checkpoint.save_net(workdir / "generator", variables, {**shape, "net": config.generator.net})
+    generator_card = {**shape, **{key: config.generator[key] for key in ("net", "latent_dim", "width")}}
+    checkpoint.save_net(workdir / "generator", variables, generator_card)
     generator = {
       "net": config.generator.net,
       "parameters": nets.count_parameters(variables["params"]),

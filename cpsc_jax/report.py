@@ -21,29 +21,26 @@ def draw(workdir, results):
   workdir = pathlib.Path(workdir)
   draw_curves(workdir / "curves.png", json.loads((workdir / "history.json").read_text()), results)
   if results["generator"]:
+    fidelity = results["generator"]["label_fidelity_per_class"]
+    title = f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples\nrow: class and label fidelity"
     with np.load(workdir / "samples.npz") as samples:
-      draw_samples(workdir / "samples.png", samples["images"], results)
+      rows = [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)]
+      draw_samples(workdir / "samples.png", samples["images"], rows, title)
 
 
-def draw_samples(path, images, results):
-  """A grid with one row per class, labelled with the class and its label fidelity."""
+def draw_samples(path, images, rows, title):
+  """A grid of images (C, n, H, W, K) in [0, 1] with one row per class, called as in `rows`."""
   import matplotlib.pyplot as plt
 
-  fidelity = results["generator"]["label_fidelity_per_class"]
   grid, cell = mosaic(images)
   classes, columns = images.shape[:2]
   figure, axis = plt.subplots(figsize=(columns * 0.6 + 1.6, classes * 0.6 + 0.8), layout="constrained")
   axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-  axis.set_yticks(
-    [cell * (c + 0.5) - 0.5 for c in range(classes)], [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)], fontsize=12
-  )
+  axis.set_yticks([cell * (c + 0.5) - 0.5 for c in range(classes)], rows, fontsize=12)
   axis.tick_params(length=0)
   axis.set_xticks([])
   axis.spines[:].set_visible(False)
-  axis.set_title(
-    f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples\nrow: class and label fidelity",
-    fontsize=11,
-  )
+  axis.set_title(title, fontsize=11)
   figure.savefig(path, dpi=80)
   plt.close(figure)
 

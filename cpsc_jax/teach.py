@@ -8,7 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim
+from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim, saved
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.mesh import replicated, split_batch
@@ -27,10 +27,7 @@ def obtain_teacher(config, test, workdir, mesh):
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   folder = pathlib.Path(config.teacher.checkpoint) if config.teacher.checkpoint else workdir / "teacher"
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
-    card = checkpoint.read_card(folder)
-    net = nets.classifier(card["net"], card["num_classes"])
-    like = nets.init(net, jax.random.key(0), jnp.zeros((2, *spec.image_shape)))
-    variables, card = checkpoint.load_net(folder, like)
+    net, variables, card = saved.load(folder)
     return net, jax.device_put(variables, replicated(mesh)), card
   net = nets.classifier(config.teacher.net, spec.num_classes)
   outcome = _train_teacher(config, net, spec, test, workdir, mesh)

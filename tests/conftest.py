@@ -9,6 +9,12 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("CPSC_JAX_SHARED", REPOSITORY.parent / "shared"))
+SMOKE = f"--config={REPOSITORY / 'configs' / 'digits.py'}:smoke"
+
+
+def command(workdir, digits_dir, *flags, config=SMOKE):
+  """The arguments of `cpsc_jax.main.main` for a run of seconds on the digits."""
+  return ["main", config, f"--workdir={workdir}", f"--config.dataset.data_dir={digits_dir}", *flags]
 
 
 def shared(*parts):
@@ -45,6 +51,16 @@ def digits_dir(tmp_path_factory):
   directory = str(tmp_path_factory.mktemp("data"))
   datasets.require("digits", directory)
   return directory
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, digits_dir):
+  """The working directory of a finished run; tests leave it as it is."""
+  from cpsc_jax.main import main
+
+  workdir = tmp_path_factory.mktemp("runs") / "smoke"
+  assert main(command(workdir, digits_dir)) == 0
+  return workdir
 
 
 @pytest.fixture(scope="session", autouse=True)

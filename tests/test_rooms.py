@@ -21,6 +21,11 @@ ROOMS = {
   "methods": {"errors", "algorithm", "state", "losses"},
   "checkpoint": {"errors", "state"},
   "convert": {"errors", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
+  "onnx_graph": {"errors"},
+  "command": {"errors"},
+  "saved": {"errors", "checkpoint", "nets"},
+  "export": {"errors", "progress", "nets", "checkpoint", "convert", "saved", "command", "onnx_graph"},
+  "sample": {"errors", "progress", "datasets", "report", "saved", "command"},
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},
@@ -38,6 +43,7 @@ ROOMS = {
     "checkpoint",
     "evaluate",
     "loop",
+    "saved",
   },
   "distill": {
     "errors",
@@ -62,6 +68,7 @@ LIBRARIES = {
   "flax.struct": {"state"},
   "optax": {"losses", "optim", "algorithm"},
   "orbax": {"checkpoint"},
+  "onnx": {"onnx_graph", "export"},
 }
 
 

@@ -10,23 +10,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, shared
+from conftest import REPOSITORY, SMOKE, command, shared
 
 from cpsc_jax import checkpoint
 from cpsc_jax.main import main
-
-SMOKE = f"--config={REPOSITORY / 'configs' / 'digits.py'}:smoke"
-
-
-def command(workdir, digits_dir, *flags, config=SMOKE):
-  return ["main", config, f"--workdir={workdir}", f"--config.dataset.data_dir={digits_dir}", *flags]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, digits_dir):
-  workdir = tmp_path_factory.mktemp("runs") / "smoke"
-  assert main(command(workdir, digits_dir)) == 0
-  return workdir
 
 
 def results_of(workdir):

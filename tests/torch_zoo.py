@@ -243,14 +243,13 @@ class MobileNetV2(nn.Module):
     return self.classifier(f), F.normalize(f)
 
 
-class ConditionalNorm(nn.Module):
+class ConditionalNorm(nn.BatchNorm2d):
   def __init__(self, classes, width, eps=1e-3):
-    super().__init__()
-    self.norm = nn.BatchNorm2d(width, eps, affine=False)
+    super().__init__(width, eps, affine=False)
     self.weights, self.biases = nn.Embedding(classes, width), nn.Embedding(classes, width)
 
   def forward(self, x, y):
-    return self.weights(y)[:, :, None, None] * self.norm(x) + self.biases(y)[:, :, None, None]
+    return self.weights(y)[:, :, None, None] * super().forward(x) + self.biases(y)[:, :, None, None]
 
 
 class CifarGenerator(nn.Module):
@@ -311,8 +310,8 @@ def randomise(module, seed=0):
 
 
 def arrays(module):
-  """The state dict as NumPy arrays, conditional norms under their published names."""
-  return {k.replace(".norm.", "."): v.detach().numpy().copy() for k, v in module.state_dict().items()}
+  """The state dict as NumPy arrays."""
+  return {k: v.detach().numpy().copy() for k, v in module.state_dict().items()}
 
 
 def layered(state):

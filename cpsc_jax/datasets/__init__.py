@@ -165,6 +165,11 @@ def load_train(name, data_dir):
   return _load(name, "train", data_dir)
 
 
+def class_names(name, data_dir):
+  """What the classes are called, in the order of their labels."""
+  return list(_builder(name, resolve_data_dir(data_dir)).info.features["label"].names)
+
+
 def normalise(images, mean, std):
   """uint8 (..., K) -> float32, (x / 255 - mean) / std per channel."""
   return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)

@@ -1,0 +1,375 @@
+"""Taking nets out of a finished run: what the files hold, that they say what the net says, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+from conftest import REPOSITORY
+from parity import assert_close, nhwc, shapes
+
+from cpsc_jax import checkpoint, convert, datasets, export, nets, onnx_graph, sample, saved
+from cpsc_jax.errors import Refusal
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install -e '.[test]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -e '.[test]'")
+import torch_zoo as zoo  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # the others take 8 pixels, ImageNet's 32
+EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *nets.GENERATORS)
+DEEPER = ("resnet34", "vgg13", "vgg16", *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")))
+CLASSES, LATENT, WIDTH = 5, 6, 4
+
+
+def pixels(name):
+  return LARGER.get(name, 32 if name.startswith("imagenet") else 8)
+
+
+def random_net(name, channels=3):
+  """A `SavedNet` with random variables that no reordering leaves as they are; ImageNet's VGG with few hidden units."""
+  card = {"net": name, "num_classes": CLASSES, "image_size": pixels(name), "channels": channels}
+  card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH}
+  net, inputs = saved.rebuild(card)
+  net = net.clone(hidden=48) if name.startswith("imagenet_vgg") else net
+  random = np.random.default_rng(0)
+
+  def draw(path, like):
+    spread = 0.7 * np.prod(like.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.2
+    offset = 1.0 if path[-1].key in ("scale", "var") else 0.0
+    return (offset + spread * random.standard_normal(like.shape)).astype(np.float32)
+
+  variables = jax.tree_util.tree_map_with_path(draw, shapes(net, *inputs))
+  variables = jax.tree.map(jax.numpy.asarray, variables)
+  return saved.SavedNet(net, variables, {**card, "digest": checkpoint.digest(variables)})
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEPER else n for n in EVERY])
+def test_onnx_and_stablehlo_equal_jax(name, tmp_path, monkeypatch):
+  net = random_net(name)
+  assert export.write_onnx(tmp_path / "net.onnx", net) < 1e-5
+  monkeypatch.setattr(export, "BATCHES", (max(export.BATCHES),))  # every size is compiled; test_formats has them all
+  assert export.write_stablehlo(tmp_path / "net.stablehlo", net) < 1e-5
+  model = onnx.load(tmp_path / "net.onnx")
+  ports = [*model.graph.input, *model.graph.output]
+  sizes = {port.name: [d.dim_param or d.dim_value for d in port.type.tensor_type.shape.dim] for port in ports}
+  images = ["batch", 3, pixels(name), pixels(name)]
+  if name in nets.GENERATORS:
+    assert sizes == {"latent": ["batch", LATENT], "labels": ["batch"], "images": images}
+  else:
+    assert sizes == {"images": images, "logits": ["batch", CLASSES]}
+  exported = jax.export.deserialize((tmp_path / "net.stablehlo").read_bytes())
+  assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+def test_the_graph_is_as_small_as_the_net(tmp_path):
+  net = random_net("resnet18")
+  inputs, output, call = export.signature(net)
+  model = onnx_graph.build(call, net.variables, inputs, output, {})
+  kinds = [node.op_type for node in model.graph.node]
+  assert kinds.count("Conv") == 20 and set(kinds) == {
+    *("Conv", "Add", "Mul", "Relu", "ReduceSum", "Div", "MatMul", "Identity")
+  }
+  options = onnxruntime.SessionOptions()
+  options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+  options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+  onnxruntime.InferenceSession(model.SerializeToString(), options)
+  fused = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+  assert "Mul" not in fused, "batch norm melts into the convolutions"
+
+
+TWINS = {
+  "wrn_16_2": lambda: zoo.WideResNet(16, 2, CLASSES),
+  "resnet18": lambda: zoo.ResNet((2, 2, 2, 2), CLASSES),
+  "vgg11": lambda: zoo.VGG((1, 1, 2, 2, 2), CLASSES),
+  "cifar_resnet8": lambda: zoo.ThinResNet(8, CLASSES, free=True),
+  "imagenet_resnet18": lambda: zoo.ImageNetResNet((2, 2, 2, 2), CLASSES),
+  "mobilenet_v2": lambda: zoo.MobileNetV2(CLASSES),
+  "cifar": lambda: zoo.CifarGenerator(LATENT, WIDTH, 8, 3, CLASSES),
+  "dcgan": lambda: zoo.DCGANGenerator(LATENT, WIDTH, 16, 3, CLASSES),
+}
+
+
+@pytest.mark.parametrize("form", export.WEIGHTS)
+@pytest.mark.parametrize("name", TWINS)
+def test_pytorch_takes_the_weights_strictly(name, form, tmp_path):
+  """And back: JAX -> PyTorch module -> JAX is bit-identical."""
+  net, twin = random_net(name), TWINS[name]().eval()
+  assert export.FORMATS[form].write(tmp_path / "weights", net) == 0
+  if form == "torch":
+    state_dict = torch.load(tmp_path / "weights", weights_only=True)
+  else:
+    state_dict = load_file(tmp_path / "weights")
+  twin.load_state_dict(state_dict, strict=True)
+  assert checkpoint.digest(convert.from_torch(name, zoo.arrays(twin), net.variables)) == net.card["digest"]
+  inputs, _, call = export.signature(net)
+  random = np.random.default_rng(1)
+  if net.is_generator:
+    z, y = random.standard_normal((3, LATENT), np.float32), np.asarray([0, 4, 2])
+    with torch.no_grad():
+      assert_close(call(net.variables, z, y), nhwc(twin(torch.from_numpy(z), torch.from_numpy(y)).numpy()), 1e-5)
+  else:
+    x = random.standard_normal((3, 3, pixels(name), pixels(name)), np.float32)
+    with torch.no_grad():
+      assert_close(call(net.variables, nhwc(x)), twin(torch.from_numpy(x))[0].numpy(), 1e-5)
+
+
+def test_safetensors_say_what_the_net_is(tmp_path):
+  net = random_net("wrn_10_1")
+  export.write_safetensors(tmp_path / "weights", net)
+  with safetensors.safe_open(tmp_path / "weights", "numpy") as file:
+    said = file.metadata()
+  assert said["net"] == "wrn_10_1" and said["digest"] == net.card["digest"]
+  assert json.loads(said["mean"]) == [0.5] * 3 and json.loads(said["num_classes"]) == CLASSES
+  assert json.loads(said["class_names"]) == ["0", "1", "2", "3", "4"]
+
+
+# The commands, on a real run.
+
+
+def out_of(tmp_path, *argv):
+  assert export.main([*map(str, argv), "--out", str(tmp_path / "file")]) == 0
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  return tmp_path / "file"
+
+
+def results_of(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.mark.parametrize("which", ["student", "student_best", "teacher"])
+def test_the_onnx_file_classifies_as_the_run_says(which, finished, digits_dir, tmp_path, capsys):
+  path = out_of(tmp_path, finished, "--format", "onnx", *(() if which == "student" else ("--which", which)))
+  said = capsys.readouterr().out
+  assert "77,562 parameters" in said and "of the largest output" in said and "mean [0.3057]" in said
+  session = onnxruntime.InferenceSession(str(path))
+  facts = session.get_modelmeta().custom_metadata_map
+  test = datasets.load_test("digits", digits_dir)
+  mean, std = (np.asarray(json.loads(facts[key]), np.float32) for key in ("mean", "std"))
+  images = ((np.asarray(test.images) / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+  (logits,) = session.run(["logits"], {"images": images})
+  results = results_of(finished)
+  figures = {
+    "student": results["student"]["last"],
+    "student_best": results["student"]["best"],
+    "teacher": results["teacher"],
+  }
+  assert np.mean(logits.argmax(1) == np.asarray(test.labels)) == pytest.approx(figures[which]["accuracy"])
+
+
+@pytest.mark.parametrize("which", ["student", "generator"])
+@pytest.mark.parametrize("form", ["torch", "safetensors", "stablehlo"])
+def test_formats(form, which, finished, tmp_path, capsys):
+  out_of(tmp_path, finished, "--format", form, "--which", which)
+  assert ("bit for bit" in capsys.readouterr().out) == (form in export.WEIGHTS)
+
+
+def test_a_net_s_own_folder_will_do(finished, tmp_path):
+  digest = checkpoint.read_card(finished / "generator")["digest"]
+  path = out_of(tmp_path, finished / "generator", "--format", "safetensors")
+  with safetensors.safe_open(path, "numpy") as file:
+    assert file.metadata()["digest"] == digest and "conv_blocks3_2.weights.weight" in file.keys()  # noqa: SIM118
+
+
+def test_the_command_runs_as_documented(finished, tmp_path):
+  argv = ["-m", "cpsc_jax.export", finished, "--format", "safetensors", "--out", tmp_path / "student.safetensors"]
+  subprocess.run([sys.executable, *argv], cwd=REPOSITORY, check=True, capture_output=True)
+  assert (tmp_path / "student.safetensors").stat().st_size > 4 * 77562
+
+
+def arrays_of(tmp_path, workdir, *argv):
+  path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+  assert sample.main([str(workdir), *argv, "--out", str(path)]) == 0
+  with np.load(path) as arrays:
+    return arrays["images"], arrays["labels"]
+
+
+def test_samples(finished, tmp_path):
+  images, labels = arrays_of(tmp_path, finished, "--classes", "3,5", "--per_class", "4")
+  assert images.shape == (2, 4, 8, 8, 1) and labels.tolist() == [3, 5]
+  assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+  every, labels = arrays_of(tmp_path, finished, "--per_class", "4")
+  np.testing.assert_array_equal(every[[3, 5]], images)
+  assert labels.tolist() == list(range(10))
+  other, _ = arrays_of(tmp_path, finished, "--per_class", "4", "--seed", "1")
+  assert np.abs(other - every).max() > 0.01
+  generator = saved.load(finished / "generator")
+  z = jax.random.normal(jax.random.fold_in(jax.random.key(0), 5), (4, 16))
+  x = generator.net.apply(generator.variables, z, np.full(4, 5), train=False)
+  np.testing.assert_allclose(images[1], datasets.denormalise(x, [0.3057], [0.3762]), atol=1e-5)
+
+
+def test_a_picture_of_samples(finished, tmp_path):
+  import matplotlib.image
+
+  for name, classes in (("few", 2), ("many", 10)):
+    out = tmp_path / f"{name}.png"
+    assert sample.main([str(finished), "--classes", ",".join(map(str, range(classes))), "--out", str(out)]) == 0
+  few, many = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("few", "many"))
+  assert few.shape[1] == many.shape[1] > 700 and many.shape[0] > 3 * few.shape[0] / 2 > 150
+  assert few[..., :3].std() > 0.05
+
+
+def test_class_names_travel(finished):
+  assert checkpoint.read_card(finished / "student")["class_names"] == [str(i) for i in range(10)]
+  assert saved.class_names({"num_classes": 2, "class_names": ["cat", "dog"]}) == ["cat", "dog"]
+
+
+def test_generators_of_older_runs(finished, tmp_path):
+  """Their cards did not say latent_dim and width."""
+  shutil.copytree(finished / "generator", tmp_path / "w" / "generator")
+  card = checkpoint.read_card(tmp_path / "w" / "generator")
+  del card["latent_dim"], card["width"]
+  (tmp_path / "w" / "generator" / checkpoint.CARD).write_text(json.dumps(card))
+  with pytest.raises(Refusal, match="latent_dim, width"):
+    saved.load(tmp_path / "w" / "generator")
+  shutil.copy(finished / "config.json", tmp_path / "w")
+  assert checkpoint.digest(saved.load(tmp_path / "w" / "generator").variables) == card["digest"]
+
+
+def test_a_net_saved_on_other_devices(finished, tmp_path):
+  program = """import sys, jax
+from cpsc_jax import checkpoint, mesh, saved
+net = saved.load(sys.argv[1])
+assert jax.device_count() == 8
+checkpoint.save_net(sys.argv[2], jax.device_put(net.variables, mesh.replicated(mesh.make_mesh())), net.card)"""
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  argv = [sys.executable, "-c", program, finished / "student", tmp_path / "net"]
+  subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+  digest = checkpoint.read_card(finished / "student")["digest"]
+  assert checkpoint.digest(saved.load(tmp_path / "net").variables) == digest
+
+
+def test_a_teacher_from_elsewhere_is_found(finished, tmp_path):
+  for name in ("config.json", "results.json"):
+    shutil.copy(finished / name, tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  config["teacher"]["checkpoint"] = str(finished / "teacher")
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert saved.find(tmp_path, "teacher") == finished / "teacher"
+
+
+# Refusals: one sentence, exit code 2, nothing written.
+
+
+def refused(capsys, tmp_path, main, argv, *words):
+  before = sorted(tmp_path.rglob("*"))
+  assert main([str(a) for a in argv]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("cpsc_jax: ") and error.count("\n") == 1 and "Traceback" not in error, error
+  for word in words:
+    assert word in error, error
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def copy_of(finished, tmp_path, *parts):
+  (tmp_path / "run").mkdir()
+  for part in parts:
+    (shutil.copytree if (finished / part).is_dir() else shutil.copy)(finished / part, tmp_path / "run" / part)
+  return tmp_path / "run"
+
+
+def test_bad_flags_are_refused(capsys, tmp_path, finished):
+  out = ("--out", tmp_path / "x.png")
+  for main, argv, *words in (
+    (export.main, (finished, "--format", "tf", *out), "'tf'", "safetensors"),
+    (export.main, (finished, *out), "--format"),
+    (export.main, (finished, "--format", "onnx"), "--out"),
+    (export.main, (finished, "--format", "onnx", "--which", "critic", *out), "'critic'", "student_best"),
+    (export.main, (finished / "student", "--format", "onnx", "--which", "student", *out), "leave --which out"),
+    (sample.main, (finished, "--classes", "3,x", *out), "comma-separated integers", "3,x"),
+    (sample.main, (finished, "--classes", "3,10", *out), "no class 10", "0 to 9"),
+    (sample.main, (finished, "--classes=-1", *out), "no class -1"),
+    (sample.main, (finished, "--per_class", "0", *out), "--per_class 0"),
+    (sample.main, (finished, "--per_class", "101", *out), "--per_class 101", ".npz"),
+    (sample.main, (finished, "--seed", 2**40, *out), "--seed"),
+    (sample.main, (finished, "--out", tmp_path / "x.gif"), ".png"),
+    (sample.main, (finished / "student", *out), "not a generator"),
+  ):
+    refused(capsys, tmp_path, main, argv, *words)
+
+
+def test_what_is_no_finished_run_is_refused(capsys, tmp_path, finished):
+  argv = ("--format", "onnx", "--out", tmp_path / "x")
+  refused(capsys, tmp_path, export.main, (tmp_path / "nowhere", *argv), "no run and no saved net")
+  workdir = copy_of(finished, tmp_path, "config.json", "student")
+  command = f"python -m cpsc_jax.main --config CONFIG --workdir {workdir}"
+  refused(capsys, tmp_path, export.main, (workdir, *argv), "'digits_smoke'", "not finished", command)
+  shutil.copy(finished / "results.json", workdir)
+  refused(capsys, tmp_path, export.main, (workdir, "--which", "student_best", *argv), "no saved net")
+  config = json.loads((workdir / "config.json").read_text())
+  (workdir / "config.json").write_text(json.dumps({**config, "arm": "real_kd"}))
+  refused(capsys, tmp_path, sample.main, (workdir, "--out", tmp_path / "x.png"), "no generator", "real_kd")
+  for text in ("{", "[1]"):
+    (workdir / "config.json").write_text(text)
+    refused(capsys, tmp_path, export.main, (workdir, *argv), "config.json")
+
+
+def test_damaged_nets_are_refused(capsys, tmp_path, finished):
+  workdir = copy_of(finished, tmp_path, "config.json", "results.json", "student", "generator")
+  for which in ("student", "generator"):
+    card = json.loads((workdir / which / checkpoint.CARD).read_text())
+    argv = (workdir, "--format", "safetensors", "--which", which, "--out", tmp_path / "x")
+    for damage, word in ((card | {"digest": "0" * 64}, "damaged"), (card | {"num_classes": 7}, "cannot be read")):
+      (workdir / which / checkpoint.CARD).write_text(json.dumps(damage))
+      refused(capsys, tmp_path, export.main, argv, word)
+    (workdir / which / checkpoint.CARD).write_text(json.dumps({k: v for k, v in card.items() if k != "mean"}))
+    refused(capsys, tmp_path, export.main, argv, "does not say mean")
+    (workdir / which / checkpoint.CARD).write_text("{")
+    refused(capsys, tmp_path, export.main, argv, "no saved net")
+
+
+def test_nothing_is_overwritten_and_nothing_left(capsys, tmp_path, finished):
+  (tmp_path / "mine.png").write_text("mine")
+  out = ("--out", tmp_path / "mine.png")
+  refused(capsys, tmp_path, export.main, (finished, "--format", "onnx", *out), "exists already")
+  refused(capsys, tmp_path, sample.main, (finished, *out), "exists already")
+  assert (tmp_path / "mine.png").read_text() == "mine"
+  for place in (tmp_path / "no" / "x.png", tmp_path / "mine.png" / "x.png", tmp_path / ("n" * 300 + ".png")):
+    refused(capsys, tmp_path, export.main, (finished, "--format", "onnx", "--out", place), "cannot write")
+    refused(capsys, tmp_path, sample.main, (finished, "--out", place), "cannot write")
+
+
+@pytest.mark.parametrize("form", [name for name, form in export.FORMATS.items() if form.packages])
+def test_a_missing_package_names_its_extra(form, capsys, tmp_path, finished, monkeypatch):
+  monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+  extra = {"onnx": "onnx", "stablehlo": "stablehlo"}.get(form, "torch")
+  argv = (finished, "--format", form, "--out", tmp_path / "x")
+  refused(capsys, tmp_path, export.main, argv, f"pip install 'cpsc_jax[{extra}]'")
+
+
+def test_a_file_that_says_something_else_gets_no_name(capsys, tmp_path, finished, monkeypatch):
+  """A weight is changed on its way into the file."""
+  changed = lambda tree: jax.tree.map(lambda a: a + 1e-3 if a.ndim == 4 else a, tree)
+  to_torch, signature = convert.to_torch, export.signature
+  monkeypatch.setattr(convert, "to_torch", lambda name, variables: changed(to_torch(name, variables)))
+  for form in export.WEIGHTS:
+    argv = (finished, "--format", form, "--out", tmp_path / "x")
+    refused(capsys, tmp_path, export.main, argv, f"the {form} file differs from the net")
+  calls = []
+
+  def once_changed(net):
+    """What is written is another net than the one that it is held against."""
+    inputs, output, call = signature(net)
+    calls.append(net)
+    return inputs, output, (lambda v, *x: call(changed(v), *x)) if len(calls) % 2 else call
+
+  monkeypatch.setattr(export, "signature", once_changed)
+  for form in ("onnx", "stablehlo"):
+    argv = (finished, "--format", form, "--out", tmp_path / "x")
+    refused(capsys, tmp_path, export.main, argv, f"the {form} file differs from the net by")
+
+
+def test_a_net_without_pytorch_twin_still_exports(tmp_path):
+  """Its weights have no PyTorch names, but its graph does not need them."""
+  net = random_net("wrn_10_1")
+  net = net._replace(card={**net.card, "net": "somebody_s"})
+  assert export.write_onnx(tmp_path / "x.onnx", net) < 1e-5
+  with pytest.raises(Refusal, match="somebody_s"):
+    export.write_safetensors(tmp_path / "x.safetensors", net)
