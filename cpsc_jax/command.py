@@ -5,6 +5,8 @@ import sys
 
 from cpsc_jax.errors import Refusal
 
+INTERRUPTED = 130
+
 
 class Flags(argparse.ArgumentParser):
   """An argument parser that refuses bad flags in one sentence."""
@@ -18,6 +20,10 @@ def carry_out(work, flags, argv):
   try:
     work(flags.parse_args(argv))
   except Refusal as refusal:
-    print(f"cpsc_jax: {refusal}", file=sys.stderr)
+    # It may quote a stranger's file: nothing in that may steer a terminal.
+    print("cpsc_jax: " + "".join(c if c.isprintable() else "?" for c in str(refusal)), file=sys.stderr)
     return refusal.exit_code
+  except KeyboardInterrupt:
+    print("cpsc_jax: interrupted; nothing was written.", file=sys.stderr)
+    return INTERRUPTED
   return 0

@@ -10,9 +10,8 @@ import sys  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from cpsc_jax.command import INTERRUPTED  # noqa: E402
 from cpsc_jax.errors import Refusal  # noqa: E402
-
-INTERRUPTED = 130
 
 
 def main(argv=None):

@@ -15,12 +15,12 @@ ROOMS = {
   "losses": set(),
   "mesh": {"errors"},
   "optim": set(),
-  "datasets": {"errors"},
+  "datasets": {"errors", "command"},
   "nets": {"errors", "state"},
   "algorithm": {"state", "nets", "optim", "mesh"},
   "methods": {"errors", "algorithm", "state", "losses"},
   "checkpoint": {"errors", "state"},
-  "convert": {"errors", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
+  "convert": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
   "onnx_graph": {"errors"},
   "command": {"errors"},
   "saved": {"errors", "checkpoint", "nets"},
@@ -61,7 +61,7 @@ ROOMS = {
     "loop",
     "teach",
   },
-  "main": {"errors", "distill", "report"},
+  "main": {"errors", "command", "distill", "report"},
 }
 LIBRARIES = {
   "flax.linen": {"nets"},

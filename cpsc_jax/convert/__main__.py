@@ -6,7 +6,6 @@ Family and architecture are recognised by keys and shapes. Nothing in the file i
 unless every key is used and every parameter filled.
 """
 
-import argparse
 import math
 import pathlib
 import sys
@@ -15,32 +14,22 @@ import jax
 import jax.numpy as jnp
 
 from cpsc_jax import checkpoint, datasets, evaluate, nets
+from cpsc_jax.command import Flags, carry_out
 from cpsc_jax.convert import families, mapping, torch_files
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh
 from cpsc_jax.progress import say
 
 CHECK_BATCH = 250
-INTERRUPTED = 130
 
 
 def main(argv=None):
   """Parses flags, converts, prints what was recognised; returns the exit code."""
-  args = parser().parse_args(argv)
-  try:
-    convert(args)
-  except Refusal as refusal:
-    # Keys come from the file: nothing in them may steer a terminal.
-    print("cpsc_jax: " + "".join(c if c.isprintable() else "?" for c in str(refusal)), file=sys.stderr)
-    return refusal.exit_code
-  except KeyboardInterrupt:
-    print("cpsc_jax: interrupted; nothing was written.", file=sys.stderr)
-    return INTERRUPTED
-  return 0
+  return carry_out(convert, parser(), argv)
 
 
 def parser():
-  flags = argparse.ArgumentParser(prog="python -m cpsc_jax.convert", description=__doc__.split("\n")[0])
+  flags = Flags(prog="python -m cpsc_jax.convert", description=__doc__.split("\n")[0])
   numbers = lambda text: [float(number) for number in text.split(",")]
   numbers.__name__ = "comma-separated numbers"
   flags.add_argument("source", help="a PyTorch checkpoint or a .safetensors file")

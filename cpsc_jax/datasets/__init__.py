@@ -167,7 +167,7 @@ def load_train(name, data_dir):
 
 def class_names(name, data_dir):
   """What the classes are called, in the order of their labels."""
-  return list(_builder(name, resolve_data_dir(data_dir)).info.features["label"].names)
+  return list(require(name, data_dir).info.features["label"].names)
 
 
 def normalise(images, mean, std):

@@ -18,9 +18,9 @@ import shutil
 import sys
 
 from cpsc_jax import datasets
+from cpsc_jax.command import Flags, carry_out
 from cpsc_jax.errors import Refusal, first_line
 
-INTERRUPTED = 130
 DOWNLOADS = "downloads"
 
 
@@ -119,36 +119,30 @@ def lock_file(path):
 
 def main(argv=None):
   """Carries out a command line and returns the exit code."""
-  parser = argparse.ArgumentParser(
+  flags = Flags(
     prog="python -m cpsc_jax.datasets.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("name", help=f"one of {', '.join(datasets.DATASETS)}, or any other for images of your own")
-  parser.add_argument(
-    "--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
-  )
-  parser.add_argument("--from", dest="source", help="the original archive or what was unpacked from it; or your folder")
-  own = parser.add_argument_group("for images of your own")
+  flags.add_argument("name", help=f"one of {', '.join(datasets.DATASETS)}, or any other for images of your own")
+  flags.add_argument("--data_dir", default="", help="where to write (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+  flags.add_argument("--from", dest="source", help="the original archive or what was unpacked from it; or your folder")
+  own = flags.add_argument_group("for images of your own")
   own.add_argument("--image_size", type=int, help="resize and centre-crop to so many pixels a side")
   own.add_argument("--channels", type=int, choices=(1, 3), help="default: 1 if all images are greyscale, else 3")
   own.add_argument("--no_flip", action="store_true", help="horizontal flips would change the class, as with digits")
-  args = parser.parse_args(argv)
-  try:
-    there = datasets.prepared(args.name, datasets.resolve_data_dir(args.data_dir))
-    if there:
-      print(f"{args.name} is there already; delete {there.data_dir} to prepare it anew.")
-    else:
-      print(f"preparing {args.name} ...", flush=True)
-    folder = prepare(args.name, args.data_dir, args.source, args.image_size, args.channels, not args.no_flip)
-    spec = datasets.describe(args.name, args.data_dir)
-    images = ", ".join(f"{size:,} {split}" for split, size in spec.sizes.items())
-    print(f"{folder}: {spec.num_classes} classes, {spec.image_size}x{spec.image_size}x{spec.channels}, {images} images")
-  except Refusal as refusal:
-    print(f"cpsc_jax: {refusal}", file=sys.stderr)
-    return refusal.exit_code
-  except KeyboardInterrupt:
-    print("cpsc_jax: interrupted; nothing was prepared.", file=sys.stderr)
-    return INTERRUPTED
-  return 0
+  return carry_out(report, flags, argv)
+
+
+def report(args):
+  """Prepares what the flags ask for and says what is there then."""
+  there = datasets.prepared(args.name, datasets.resolve_data_dir(args.data_dir))
+  if there:
+    print(f"{args.name} is there already; delete {there.data_dir} to prepare it anew.")
+  else:
+    print(f"preparing {args.name} ...", flush=True)
+  folder = prepare(args.name, args.data_dir, args.source, args.image_size, args.channels, not args.no_flip)
+  spec = datasets.describe(args.name, args.data_dir)
+  images = ", ".join(f"{size:,} {split}" for split, size in spec.sizes.items())
+  print(f"{folder}: {spec.num_classes} classes, {spec.image_size}x{spec.image_size}x{spec.channels}, {images} images")
 
 
 if __name__ == "__main__":
