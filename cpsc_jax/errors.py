@@ -1,4 +1,6 @@
-"""The one exception that is meant for the user's eyes."""
+"""The exceptions that are meant for the user's eyes."""
+
+RESUME = 75  # EX_TEMPFAIL of sysexits.h: launchers run the same command again
 
 
 class Refusal(Exception):
@@ -15,3 +17,9 @@ class NonFiniteLoss(Refusal):
   """Training produced a NaN or an infinity; the last good checkpoint is kept."""
 
   exit_code = 3
+
+
+class Preempted(Refusal):
+  """Told to stop; everything up to the named epoch is saved."""
+
+  exit_code = RESUME

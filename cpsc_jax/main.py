@@ -7,10 +7,12 @@ STARTED = time.monotonic()
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 
+import jax  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from cpsc_jax.errors import Refusal  # noqa: E402
+from cpsc_jax import mesh, stop  # noqa: E402
+from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
 
 INTERRUPTED = 130
 
@@ -20,14 +22,25 @@ def main(argv=None):
   argv = sys.argv if argv is None else argv
   try:
     config, workdir = parse(argv)
-    from cpsc_jax import distill, report
+    mesh.start()
+    with stop.heeded():
+      from cpsc_jax import distill, report
 
-    results = distill.run(config, workdir, STARTED)
-    report.print_table(results)
-    print(f"everything is in {workdir}")
+      results = distill.run(config, workdir, STARTED)
+      if mesh.leads():
+        report.print_table(results)
+        print(f"everything is in {workdir}")
   except Refusal as refusal:
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
+  except OSError as error:
+    print(f"cpsc_jax: {last_line(error)}; the same command resumes once that is mended.", file=sys.stderr)
+    return Refusal.exit_code
+  except jax.errors.JaxRuntimeError as error:
+    if mesh.alone():
+      raise
+    print(f"cpsc_jax: {mesh.lost(error)}", file=sys.stderr, flush=True)
+    return RESUME
   except KeyboardInterrupt:
     print("cpsc_jax: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
     return INTERRUPTED

@@ -14,6 +14,7 @@ CHOICES = {
   "arm": ARMS,
   "precision": PRECISIONS,
   "loss.ikd_form": ("mse", "log"),
+  "loss.contrast": ("dense", "blockwise"),
   "generator.schedule": ("steps", "cosine"),
   "method": tuple(methods.METHODS),
 }
@@ -31,7 +32,9 @@ POSITIVE = (
   "evaluate.batch_size",
   "evaluate.samples_per_class",
   "checkpoint.every",
+  "checkpoint.minutes",
   "loss.temperature",
+  "loss.contrast_block",
 )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import replicated, split_batch
+from cpsc_jax.mesh import everywhere, replicated, split_batch
 from cpsc_jax.progress import say
 from cpsc_jax.state import SupervisedState, step_counter
 
@@ -29,9 +29,8 @@ def obtain_teacher(config, test, workdir, mesh):
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     card = checkpoint.read_card(folder)
     net = nets.classifier(card["net"], card["num_classes"])
-    like = nets.init(net, jax.random.key(0), jnp.zeros((2, *spec.image_shape)))
-    variables, card = checkpoint.load_net(folder, like)
-    return net, jax.device_put(variables, replicated(mesh)), card
+    like = everywhere(nets.init(net, jax.random.key(0), jnp.zeros((2, *spec.image_shape))), mesh)
+    return net, *checkpoint.load_net(folder, like)
   net = nets.classifier(config.teacher.net, spec.num_classes)
   outcome = _train_teacher(config, net, spec, test, workdir, mesh)
   card = {
@@ -71,7 +70,7 @@ def check_teacher(config):
 
 def _train_teacher(config, net, spec, test, workdir, mesh):
   c = config.teacher
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir)
+  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(mesh))
   steps = len(data) // c.batch_size
   tx = optim.supervised_optimiser(c, steps, published=config.quirks.stepped_schedule)
   say(f"teacher: {c.net} on the {len(data)} training images of '{config.dataset.name}'")
@@ -94,9 +93,10 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
     epochs=c.epochs,
     measure_every=config.evaluate.every,
     save_every=config.checkpoint.every,
+    save_minutes=config.checkpoint.minutes,
     workdir=workdir / "teacher_training",
   )
-  return train(plan, jax.device_put(state, replicated(mesh)))
+  return train(plan, everywhere(state, mesh))
 
 
 def real_arm(config, game, teacher_variables, card):
@@ -106,7 +106,7 @@ def real_arm(config, game, teacher_variables, card):
   their cross-entropy. The epoch is a function of the state; the state is a SupervisedState.
   """
   spec = datasets.describe(config.dataset.name)
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir)
+  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(game.mesh))
   c = config.teacher
 
   update = label_update(game.student, game.student_tx)

@@ -14,7 +14,7 @@ from cpsc_jax.loop import Plan, train
 ACCURACY = jnp.array([0.1, 0.5, 0.9, 0.7, 0.9, 0.3, 0.2])
 
 
-def plan(workdir, epochs=6, bad=None, every=2, measure_every=1):
+def plan(workdir, epochs=6, bad=None, every=2, measure_every=1, minutes=60.0):
   @jax.jit
   def epoch(state):
     count = state["count"] + 1
@@ -24,7 +24,7 @@ def plan(workdir, epochs=6, bad=None, every=2, measure_every=1):
     return {"count": count, "x": state["x"] * 1.5}, {"generator": {"ce": loss, "bn": jnp.ones(3), "total": loss}}
 
   measure = jax.jit(lambda state: {"accuracy": ACCURACY[state["count"] - 1]})
-  return Plan("test", epoch, measure, lambda state: state["x"], epochs, measure_every, every, workdir)
+  return Plan("test", epoch, measure, lambda state: state["x"], epochs, measure_every, every, minutes, workdir)
 
 
 START = {"count": jnp.int32(0), "x": jnp.ones(2)}
@@ -86,17 +86,6 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog):
   whole = train(plan(tmp_path / "whole"), START)
   assert resumed.history == whole.history
   np.testing.assert_array_equal(resumed.state["x"], whole.state["x"])
-  assert "checkpoint 4" in caplog.text and "damaged" in caplog.text
+  assert "checkpoints/4 is damaged" in caplog.text
 
 
-def test_wrong_digest_is_damage(tmp_path, caplog):
-  keeper = Keeper(tmp_path)
-  for step in (1, 2):
-    keeper.save(step, {"x": jnp.full(3, float(step))}, {"step": step})
-  keeper.close()
-  record = next((tmp_path / "2" / "record").rglob("*metadata*"), None) or next((tmp_path / "2" / "record").iterdir())
-  content = json.loads(record.read_text())
-  content["digest"] = "0" * 64
-  record.write_text(json.dumps(content))
-  tree, found = Keeper(tmp_path).restore({"x": jnp.zeros(3)})
-  assert found["step"] == 1 and np.all(np.asarray(tree["x"]) == 1) and "digest" in caplog.text

@@ -19,12 +19,13 @@ ROOMS = {
   "nets": {"errors", "state"},
   "algorithm": {"state", "nets", "optim", "mesh"},
   "methods": {"errors", "algorithm", "state", "losses"},
-  "checkpoint": {"errors", "state"},
+  "stop": {"errors"},
+  "checkpoint": {"errors", "mesh"},
   "convert": {"errors", "nets"},
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},
-  "loop": {"errors", "checkpoint", "progress"},
+  "loop": {"errors", "checkpoint", "mesh", "progress", "stop"},
   "teach": {
     "errors",
     "progress",
@@ -55,7 +56,7 @@ ROOMS = {
     "loop",
     "teach",
   },
-  "main": {"errors", "distill", "report"},
+  "main": {"errors", "distill", "mesh", "report", "stop"},
 }
 LIBRARIES = {
   "flax.linen": {"nets"},

@@ -66,6 +66,10 @@ class Split:
   def __len__(self):
     return self.labels.shape[0]
 
+  def put(self, sharding):
+    """The same split, placed by a sharding."""
+    return Split(*jax.device_put((self.images, self.labels), sharding))
+
 
 def describe(name):
   """The row of DATASETS called `name`; a Refusal if there is none."""
