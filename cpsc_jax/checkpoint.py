@@ -141,7 +141,7 @@ def broken(folder):
 
 
 def _sealed_files(folder):
-  return (path for path in folder.rglob("*") if path.is_file() and path.name not in UNSEALED)
+  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in UNSEALED)
 
 
 def _sha256(path):
@@ -208,7 +208,7 @@ def load_net(directory, like):
 
 
 def quieten():
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told in our own words
 
 
 def _first_line(error):

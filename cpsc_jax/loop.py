@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from cpsc_jax import stop
 from cpsc_jax.checkpoint import Keeper
 from cpsc_jax.errors import NonFiniteLoss, Preempted
+from cpsc_jax.events import Events
 from cpsc_jax.mesh import anyone, everywhere, leads, make_mesh
 from cpsc_jax.progress import Steps, say
 
@@ -74,7 +74,7 @@ def train(plan, state):
     tree, record = restored
     state, best, history, seconds = tree["state"], tree["best"], record["history"], record["seconds"]
     say(f"{plan.title}: resuming after epoch {len(history)} of {plan.epochs}")
-  writer = SummaryWriter(str(plan.workdir / "events"), purge_step=len(history) + 1) if leads() else None
+  events = Events(plan.workdir / "events", len(history) + 1) if leads() else None
   worked = lambda: seconds + time.monotonic() - started
   unread = None
 
@@ -89,9 +89,8 @@ def train(plan, state):
         means = {name: float(np.mean(values)) for name, values in named(terms)}
         entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
         history.append(entry)
-        if writer:
-          for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
-            writer.add_scalar(name, value, epoch)
+        if events:
+          events.add(epoch, {**means, **{k: entry[k] for k in scores or {}}})
         progress.advance(
           " ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}"
         )
@@ -115,8 +114,6 @@ def train(plan, state):
         if stopping or (epoch == plan.epochs and anyone(told_to_stop())):
           raise Preempted(f"{plan.title}: told to stop; epoch {epoch} is saved, and the same command resumes after it.")
   finally:
-    if writer:
-      writer.close()
     keeper.close()  # what was started is finished, whatever ended the loop
   return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
 

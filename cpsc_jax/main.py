@@ -21,9 +21,9 @@ def main(argv=None):
   """Parses flags, runs, prints the table; returns the exit code."""
   argv = sys.argv if argv is None else argv
   try:
-    config, workdir = parse(argv)
-    mesh.start()
     with stop.heeded():
+      config, workdir = parse(argv)
+      mesh.start()
       from cpsc_jax import distill, report
 
       results = distill.run(config, workdir, STARTED)
@@ -34,7 +34,8 @@ def main(argv=None):
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
   except OSError as error:
-    print(f"cpsc_jax: {last_line(error)}; the same command resumes once that is mended.", file=sys.stderr)
+    where = error.filename or workdir
+    print(f"cpsc_jax: {where}: {error.strerror}; the same command resumes once that is mended.", file=sys.stderr)
     return Refusal.exit_code
   except jax.errors.JaxRuntimeError as error:
     if mesh.alone():
@@ -84,6 +85,11 @@ def parse(argv):
     raise Refusal(f"'{rest[1]}' is not a flag; flags look like --config.student.lr=0.05.")
   if config is None:
     raise Refusal("no --config given; try --config configs/digits.py.")
+  if "://" in (values.workdir or ""):
+    raise Refusal(
+      f"--workdir {values.workdir} is an address, not a folder; mount the bucket (gcsfuse BUCKET FOLDER, on every"
+      " machine) and name the folder."
+    )
   return config, pathlib.Path(values.workdir or pathlib.Path("runs") / config.name)
 
 

@@ -25,7 +25,8 @@ ROOMS = {
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},
-  "loop": {"errors", "checkpoint", "mesh", "progress", "stop"},
+  "events": set(),
+  "loop": {"errors", "checkpoint", "events", "mesh", "progress", "stop"},
   "teach": {
     "errors",
     "progress",
