@@ -90,8 +90,8 @@ class Keeper:
         raise
       except Exception as error:  # Orbax raises assorted types
         raise Refusal(
-          f"the checkpoint {folder} is intact but cannot be resumed from ({_first_line(error)}); another version of this"
-          " program wrote it: use that one, or delete the folder to go on from the checkpoint before."
+          f"the checkpoint {folder} is intact but cannot be resumed from ({_first_line(error)}); another version of"
+          " this program wrote it: use that one, or delete the folder to go on from the checkpoint before."
         ) from error
       return found.tree, found.record
     return None

@@ -3,10 +3,10 @@
   python launch/aot.py --config configs/cifar100.py --topology v5e:4x4 [--config.schedule.batch_size=1024 ...]
   python launch/aot.py --config configs/cifar100.py --sweep v5e:1x1,v5e:2x2,v5e:4x4,v5e:16x16 --json aot.json
 
-Needs pip install libtpu==0.0.51 with jax 0.10.2, and minutes per topology. What is compiled is
-cpsc_jax.algorithm.compile_epoch of the config's game: one epoch of the distillation, as distill.run calls it; training a
-teacher and measuring are not in it. Times are a roofline, the largest of compute, memory and interconnect at the chip's
-published peaks: no run is faster. `--dry-run` says what would be compiled.
+Needs pip install libtpu==0.0.51 with jax 0.10.2, and minutes per topology. What is compiled is one epoch of the
+distillation, cpsc_jax.algorithm.compile_epoch of the config's game, as distill.run calls it; training a teacher and
+measuring are not in it. Times are a roofline, the largest of compute, memory and interconnect at the chip's published
+peaks: no run is faster. `--dry-run` says what would be compiled.
 """
 
 import argparse
@@ -23,14 +23,14 @@ os.environ.update(
 )
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 
-import jax  # noqa: E402
-from hlo_cost import program_cost  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import jax
+from hlo_cost import program_cost
+from jax.experimental import topologies
+from rich.console import Console
+from rich.table import Table
 
-from cpsc_jax import algorithm, datasets, distill, main, mesh, nets, settings  # noqa: E402
-from cpsc_jax.errors import Refusal  # noqa: E402
+from cpsc_jax import algorithm, datasets, distill, main, mesh, nets, settings
+from cpsc_jax.errors import Refusal
 
 HOP_SECONDS = 1e-6  # of a message to the neighbouring chip
 
@@ -97,6 +97,7 @@ def devices_of(topology):
 def lower(config, devices):
   """The epoch program of a config, lowered for `devices`, and its resolved config."""
   grid = mesh.make_mesh(devices)
+  config.teacher.checkpoint = config.teacher.checkpoint or "some folder"  # no teacher is trained here
   config = settings.resolve(config, grid)
   spec = datasets.describe(config.dataset.name)
   card = {"net": config.teacher.net, "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
@@ -177,10 +178,16 @@ def interconnect(topology, chip):
 
 def missing(error):
   """By how many bytes a program is too large, from the compiler's message; other errors are raised again."""
-  found = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT]?)", str(error))
-  if not found:
-    raise error
-  return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ")
+  size = r"([\d.]+[KMGT]?)"
+  if found := re.search(rf"Exceeded hbm capacity by {size}", str(error)):
+    return in_bytes(found.group(1))
+  if found := re.search(rf"\({size}\) exceeds available HBM \({size}\)", str(error)):
+    return in_bytes(found.group(1)) - in_bytes(found.group(2))
+  raise error
+
+
+def in_bytes(text):
+  return float(text.rstrip("KMGT")) * 1024 ** " KMGT".index(text[-1] if text[-1] in "KMGT" else " ")
 
 
 def print_table(rows, console):

@@ -128,7 +128,8 @@ def test_two_tasks_one_killed_job_resumed(slurm, tmp_path, digits_dir, monkeypat
   )
   assert submitted.returncode == 0, submitted.stderr
   job = submitted.stdout.strip()
-  wait_for(lambda: list((workdir / "checkpoints").glob("[0-9]*")), 600, "a checkpoint")
+  checkpoints = workdir / "checkpoints"
+  wait_for(lambda: any(p.name.isdigit() for p in checkpoints.glob("*")), 600, "a whole checkpoint")
   os.kill(wait_for(lambda: task_process(job, 1), 10, "task 1 being there"), signal.SIGKILL)
   killed = time.monotonic()
   wait_for(lambda: "back into the queue" in log.read_text(), 60, "the job going down")

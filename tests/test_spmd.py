@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,3 +83,11 @@ def test_launcher_hands_back_a_refusal_and_does_not_start_again(tmp_path):
   assert done.returncode == 2 and "starting again" not in done.stdout
   dry = subprocess.run([*LAUNCHER, "--dry-run", "--", "touch", tmp_path / "x"], capture_output=True, text=True)
   assert dry.stdout.count("CPSC_JAX_PROCESS=") == 2 and not (tmp_path / "x").exists()
+
+
+def test_launcher_hands_sigterm_on():
+  command = [*LAUNCHER, "--processes=2", "--", sys.executable, "-uc", "print('up'); import time; time.sleep(60)"]
+  launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  assert [launcher.stdout.readline().split()[1] for _ in range(2)] == ["up", "up"]
+  launcher.send_signal(signal.SIGTERM)
+  assert launcher.wait(20) == 75 and "starting again" not in launcher.stdout.read()

@@ -69,7 +69,7 @@ def test_stopped_at_random_moments(undisturbed, tmp_path, digits_dir, kind, time
       codes.append(process.returncode)
     assert outcome(workdir) == want
   print(f"{hits} x {kind.name} in {run} runs of {seconds:.0f} s, exit codes {codes}")
-  # Before Python has imported the program, SIGTERM still has its own meaning, and past the end there is nothing to stop.
+  # Before Python has imported the program, SIGTERM still has its own meaning.
   assert set(codes) <= ({0, -kind} if kind == signal.SIGKILL else {0, RESUME, -kind})
 
 
