@@ -20,6 +20,7 @@ from cpsc_jax.mesh import leads, meet, told
 
 CARD = "net.json"
 SEAL = "files.sha256"
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not whole yet
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # the last two are Orbax's, written after the seal
 
 
@@ -61,6 +62,8 @@ class Keeper:
       Refusal: this or the write before it failed, such as on a full disk; what was there stays.
     """
     with self._writing():
+      self._manager.wait_until_finished()
+      self._unsealed = self._directory / f"{step}{TEMPORARY}"
       self._manager.save(
         step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
       )
@@ -107,8 +110,7 @@ class Keeper:
   def _seal(self):
     """Called when the files of a step are all written and their folder does not yet bear its final name."""
     if leads():
-      (folder,) = self._directory.glob("*.orbax-checkpoint-tmp")
-      seal(folder)
+      seal(self._unsealed)
 
   @contextlib.contextmanager
   def _writing(self):

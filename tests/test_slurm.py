@@ -129,12 +129,12 @@ def test_two_tasks_one_killed_job_resumed(slurm, tmp_path, digits_dir, monkeypat
   assert submitted.returncode == 0, submitted.stderr
   job = submitted.stdout.strip()
   checkpoints = workdir / "checkpoints"
-  wait_for(lambda: any(p.name.isdigit() for p in checkpoints.glob("*")), 600, "a whole checkpoint")
+  wait_for(lambda: any(p.name.isdigit() for p in checkpoints.glob("*")), 1800, "a whole checkpoint")
   os.kill(wait_for(lambda: task_process(job, 1), 10, "task 1 being there"), signal.SIGKILL)
   killed = time.monotonic()
   wait_for(lambda: "back into the queue" in log.read_text(), 60, "the job going down")
   print(f"the job was down {time.monotonic() - killed:.0f} s after its task")
-  wait_for(lambda: (workdir / "results.json").exists(), 900, "the resumed job finishing")
+  wait_for(lambda: (workdir / "results.json").exists(), 1800, "the resumed job finishing")
   wait_for(lambda: not queue(), 60, "the job ending")
   text = log.read_text()
   print(text)
