@@ -67,6 +67,10 @@ def get_config(variant=""):
   c.loss = w = ml_collections.ConfigDict()
   w.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
   w.temperature = 0.07  # of the supervised contrast
+  # "dense" holds the similarities of all pairs, memory in the square of the batch; "blockwise" works them out block by
+  # block and again for the gradient: the same to round-off, memory in proportion to the batch
+  w.contrast = "dense"
+  w.contrast_block = 1024  # columns at a time, blockwise
   # the generator's cross-entropy leaves alone the samples whose class the teacher gives this probability; 1: never
   w.confidence = 1.0
   w.generator = ml_collections.ConfigDict()
@@ -101,6 +105,7 @@ def get_config(variant=""):
 
   c.checkpoint = k = ml_collections.ConfigDict()
   k.every = 10  # epochs between checkpoints; the last epoch is always saved
+  k.minutes = 10.0  # and at the end of an epoch if so many minutes have passed since the last one
 
   apply_variant(c, variant)
   return c.lock()

@@ -1,13 +1,13 @@
 """Saving, verifying and restoring, through Orbax.
 
 `Keeper` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has
-to know to use it. Every array tree is saved with a digest of its own, because damaged bytes can restore silently.
+to know to use it. Both carry digests of their own, because Orbax restores damaged bytes silently.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
 
@@ -16,9 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cpsc_jax.errors import Refusal, first_line
+from cpsc_jax.mesh import leads, meet, told
 
 CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
+SEAL = "files.sha256"
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not whole yet
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # the last two are Orbax's, written after the seal
 
 
 def digest(tree):
@@ -34,52 +38,118 @@ def digest(tree):
 
 
 class Keeper:
-  """The last two checkpoints of a training, each a pytree and a JSON record, under `directory`."""
+  """The last two checkpoints of a training, each a pytree and a JSON record, under `directory`.
+
+  All processes call every method; process 0 seals, verifies and decides.
+  """
 
   def __init__(self, directory):
+    """Raises a Refusal where nothing can be written."""
     quieten()
-    self._manager = ocp.CheckpointManager(
-      os.path.abspath(directory),
-      options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True),
+    self._directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=2,
+      create=True,
+      cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
+    with self._writing():
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def save(self, step, tree, record):
-    """Starts writing step `step`; returns once the arrays are copied, the files follow in the background."""
-    record = {**record, "digest": digest(tree)}
-    self._manager.save(
-      step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
-    )
+    """Starts writing step `step`; returns once the arrays are copied, the files follow in the background.
+
+    Raises:
+      Refusal: this or the write before it failed, such as on a full disk; what was there stays.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+      self._unsealed = self._directory / f"{step}{TEMPORARY}"
+      self._manager.save(
+        step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
+      )
 
   def restore(self, like):
     """The newest intact (tree, record), or None; `like` gives structure, types and shardings.
 
-    A checkpoint that cannot be read or whose digest differs is named in the log, deleted, and the one before it is
-    used.
+    A checkpoint whose files are not those of its seal is named in the log, deleted, and the one before it is used.
+
+    Raises:
+      Refusal: an intact checkpoint that does not fit `like`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
+      folder = self._directory / str(step)
+      damage = broken(folder) if leads() else None
+      if told(bool(damage)):
+        if leads():
+          logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and deleted: %s", folder, damage)
+        self._manager.delete(step)
+        continue
       try:
         found = self._manager.restore(
           step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
         )
-        if digest(found.tree) == found.record["digest"]:
-          return found.tree, found.record
-        reason = "its digest differs"
-      except Exception as error:  # Orbax raises assorted types for damaged files
-        reason = first_line(error)
-      logging.getLogger("cpsc_jax").warning(
-        "checkpoint %s of %s is damaged (%s)", step, self._manager.directory, reason
-      )
-      self._manager.delete(step)
+      except jax.errors.JaxRuntimeError:
+        raise
+      except Exception as error:  # Orbax raises assorted types
+        raise Refusal(
+          f"the checkpoint {folder} is intact but cannot be resumed from ({first_line(error)}); another version of"
+          " this program wrote it: use that one, or delete the folder to go on from the checkpoint before."
+        ) from error
+      return found.tree, found.record
     return None
 
-  def wait(self):
-    """Blocks until everything started is on disk."""
-    self._manager.wait_until_finished()
-
   def close(self):
-    self.wait()
-    self._manager.close()
+    """Blocks until everything started is on disk; a Refusal if that failed."""
+    with self._writing():
+      try:
+        self._manager.wait_until_finished()
+      finally:
+        self._manager.close()
+
+  def _seal(self):
+    """Called when the files of a step are all written and their folder does not yet bear its final name."""
+    if leads():
+      seal(self._unsealed)
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise  # another process died
+    except Exception as error:  # Orbax raises assorted types for disks that are full, read-only or gone
+      raise Refusal(
+        f"no checkpoint can be written to {self._directory} ({first_line(error)}); what was saved before is kept, and"
+        " the same command resumes from it once that is mended."
+      ) from error
+
+
+def seal(folder):
+  """Writes the sha256 of every file under `folder` to its file SEAL, as `sha256sum --check` reads it."""
+  lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(_sealed_files(folder))]
+  (folder / SEAL).write_text("".join(lines))
+
+
+def broken(folder):
+  """Why `folder` is not as it was sealed, in words, or None if it is."""
+  try:
+    want = dict(reversed(line.split("  ", 1)) for line in (folder / SEAL).read_text().splitlines())
+    have = {str(path.relative_to(folder)): _sha256(path) for path in _sealed_files(folder)}
+  except (OSError, ValueError) as error:
+    return first_line(error)
+  names = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
+  return f"{len(names)} files differ from {SEAL}, such as {names[0]}" if names else None
+
+
+def _sealed_files(folder):
+  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in UNSEALED)
+
+
+def _sha256(path):
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_net(directory, variables, card):
@@ -97,18 +167,22 @@ def save_net(directory, variables, card):
   variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
-  shutil.rmtree(scratch, ignore_errors=True)
-  scratch.mkdir(parents=True)
+  card = {**card, "digest": digest(variables)}
+  if leads():
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
   try:
     with ocp.StandardCheckpointer() as writer:
       writer.save(scratch / "variables", variables)
       writer.wait_until_finished()
-    card = {**card, "digest": digest(variables)}
-    (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    scratch.rename(directory)
+    if leads():
+      (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+      shutil.rmtree(directory, ignore_errors=True)
+      scratch.rename(directory)
   finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+    if leads():
+      shutil.rmtree(scratch, ignore_errors=True)
+  meet(f"saved {directory.name}")
   return card
 
 
@@ -152,4 +226,4 @@ def load_net(directory, like):
 
 
 def quieten():
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told in our own words

@@ -15,7 +15,7 @@ import numpy as np
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, methods, nets, optim, report, settings, teach
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import make_mesh, replicated
+from cpsc_jax.mesh import everywhere, leads, make_mesh, one_after_the_other, replicated, split_batch
 from cpsc_jax.progress import say
 
 PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -40,10 +40,10 @@ def run(config, workdir, started=None):
   if results:
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return results
-  datasets.require(config.dataset.name, config.dataset.data_dir)
-  claim(workdir, config)
+  one_after_the_other(lambda: datasets.require(config.dataset.name, config.dataset.data_dir))
+  one_after_the_other(lambda: claim(workdir, config))
 
-  test = datasets.load_test(config.dataset.name, config.dataset.data_dir)
+  test = datasets.load_test(config.dataset.name, config.dataset.data_dir).put(replicated(mesh))
   teacher_net, teacher, card = teach.obtain_teacher(config, test, workdir, mesh)
   game = build_game(config, mesh, teacher_net, card)
   classify = functools.partial(
@@ -54,7 +54,7 @@ def run(config, workdir, started=None):
   student_net = nets.without_head(game.student, {})[0]
   student_says = classify(student_net)
   sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
-  sample_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  sample_key = everywhere(jax.random.fold_in(jax.random.key(config.seed), 2), mesh)
   data_free = config.arm not in settings.REAL_ARMS
   if data_free:
     epoch, state = data_free_arm(config, game, teacher)
@@ -89,9 +89,10 @@ def run(config, workdir, started=None):
       epochs=config.schedule.epochs,
       measure_every=config.evaluate.every,
       save_every=config.checkpoint.every,
+      save_minutes=config.checkpoint.minutes,
       workdir=workdir,
     ),
-    jax.device_put(state, replicated(mesh)),
+    everywhere(state, mesh),
   )
 
   shape = {k: card[k] for k in ("num_classes", "image_size", "channels", "mean", "std")}
@@ -102,9 +103,7 @@ def run(config, workdir, started=None):
   generator = None
   if data_free:
     images, fidelity = jax.device_get(sampler(outcome.state.generator.variables, teacher, sample_key))
-    np.savez(
-      workdir / "samples.npz", images=datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"])
-    )
+    images = datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"])
     variables = outcome.state.generator.variables
     generator_card = {**shape, **{key: config.generator[key] for key in ("net", "latent_dim", "width")}}
     checkpoint.save_net(workdir / "generator", variables, generator_card)
@@ -149,11 +148,14 @@ def run(config, workdir, started=None):
     "hardware": hardware(),
     "config": json.loads(settings.dump(config)),
   }
-  history = {"teacher": card.get("history", []), "student": outcome.history}
-  (workdir / "history.json").write_text(json.dumps(history) + "\n")
-  report.draw(workdir, results)
-  results["seconds"] = time.monotonic() - started
-  write_whole(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+  if leads():
+    if data_free:
+      np.savez(workdir / "samples.npz", images=images)
+    history = {"teacher": card.get("history", []), "student": outcome.history}
+    (workdir / "history.json").write_text(json.dumps(history) + "\n")
+    report.draw(workdir, results)
+    results["seconds"] = time.monotonic() - started
+    write_whole(workdir / "results.json", json.dumps(results, indent=2) + "\n")
   return results
 
 
@@ -178,7 +180,9 @@ def build_game(config, mesh, teacher_net, card):
     generator=generator,
     teacher=nets.classifier(card["net"], card["num_classes"], dtype),
     student=student,
-    method=methods.method(config, train_head=has_head and not config.quirks.untrained_head),
+    method=methods.method(
+      config, has_head and not config.quirks.untrained_head, split=split_batch(mesh), whole=replicated(mesh)
+    ),
     generator_tx=optim.generator_optimiser(config, steps * config.generator.steps),
     student_tx=optim.student_optimiser(config, steps * config.student.steps),
     latent_dim=config.generator.latent_dim,
@@ -229,11 +233,15 @@ def earlier_results(workdir, config):
 
 
 def claim(workdir, config):
-  """Makes `workdir` this config's; a Refusal if it cannot be written."""
+  """Makes `workdir` this config's; a Refusal if it cannot be written, or is not the folder that process 0 sees."""
+  if not leads() and not (workdir / "config.json").exists():
+    raise Refusal(f"process {jax.process_index()} does not see {workdir} of process 0; name a folder that all share.")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
       write_whole(workdir / "config.json", settings.dump(config))
+    (workdir / ".writable").touch()
+    (workdir / ".writable").unlink()
   except OSError as error:
     raise Refusal(f"cannot write to {workdir} ({error.strerror}); choose another --workdir.") from error
 

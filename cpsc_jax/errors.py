@@ -1,5 +1,7 @@
 """What is meant for the user's eyes."""
 
+RESUME = 75  # EX_TEMPFAIL of sysexits.h: launchers run the same command again
+
 
 class Refusal(Exception):
   """Input or state that the program will not work with.
@@ -15,6 +17,12 @@ class NonFiniteLoss(Refusal):
   """Training produced a NaN or an infinity; the last good checkpoint is kept."""
 
   exit_code = 3
+
+
+class Preempted(Refusal):
+  """Told to stop; everything up to the named epoch is saved."""
+
+  exit_code = RESUME
 
 
 def first_line(error):

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 
+from cpsc_jax import stop
 from cpsc_jax.checkpoint import Keeper
-from cpsc_jax.errors import NonFiniteLoss
+from cpsc_jax.errors import NonFiniteLoss, Preempted
+from cpsc_jax.events import Events
+from cpsc_jax.mesh import anyone, everywhere, leads, make_mesh
 from cpsc_jax.progress import Steps, say
 
 
@@ -25,6 +27,8 @@ class Plan:
       whose first axes are the steps of the epoch, in order.
     measure: state -> {name: scalar} with at least "accuracy"; compiled, and run after every `measure_every` epochs.
     variables: state -> what is kept of the best epoch.
+    save_every, save_minutes: a checkpoint is written after every so many epochs, and whenever the last one has been
+      under way for so many minutes.
   """
 
   title: str
@@ -34,6 +38,7 @@ class Plan:
   epochs: int
   measure_every: int
   save_every: int
+  save_minutes: float
   workdir: Any
 
 
@@ -52,41 +57,44 @@ def train(plan, state):
   """Runs or resumes `plan` from `state` under plan.workdir/checkpoints and returns its Outcome.
 
   The host reads an epoch's numbers only after the next epoch is under way. A checkpoint holds the state, the best
-  epoch's variables and the whole history, so that a run resumed from it goes on as if it had never stopped.
+  epoch's variables and the whole history, so that a run resumed from it goes on as if it had never stopped. `state`
+  is on all devices.
 
   Raises:
     NonFiniteLoss: names the term and the step; the last checkpoint before it is kept.
+    Preempted: SIGTERM came to any process; the epochs done are saved.
   """
-  started = time.monotonic()
+  started = saved = time.monotonic()
   keeper = Keeper(plan.workdir / "checkpoints")
-  best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0), "variables": plan.variables(state)}
-  best = jax.tree.map(jnp.copy, best)
+  best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0)}
+  best = {**everywhere(best, make_mesh()), "variables": jax.tree.map(jnp.copy, plan.variables(state))}
   restored = keeper.restore({"state": state, "best": best})
   history, seconds = [], 0.0
   if restored:
     tree, record = restored
     state, best, history, seconds = tree["state"], tree["best"], record["history"], record["seconds"]
     say(f"{plan.title}: resuming after epoch {len(history)} of {plan.epochs}")
-  writer = SummaryWriter(str(plan.workdir / "events"), purge_step=len(history) + 1)
+  events = Events(plan.workdir / "events", len(history) + 1) if leads() else None
   worked = lambda: seconds + time.monotonic() - started
   unread = None
 
   try:
-    with Steps(plan.title, plan.epochs, len(history)) as progress:
+    with Steps(plan.title, plan.epochs, len(history)) as progress, stop.deferred() as told_to_stop:
 
       def read():
-        """Waits for the epoch under way and enters it into the history."""
-        epoch, terms, scores = unread
+        """Waits for the epoch under way and enters it into the history; returns what was wished for in it."""
+        epoch, terms, scores, wishes = unread
         terms = jax.device_get(terms)
         check_finite(plan, epoch, terms)
         means = {name: float(np.mean(values)) for name, values in named(terms)}
         entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
         history.append(entry)
-        for name, value in {**means, **{k: entry[k] for k in scores or {}}}.items():
-          writer.add_scalar(name, value, epoch)
+        if events:
+          events.add(epoch, {**means, **{k: entry[k] for k in scores or {}}})
         progress.advance(
           " ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}"
         )
+        return [bool(wish) for wish in wishes]
 
       for epoch in range(len(history) + 1, plan.epochs + 1):
         state, terms = plan.epoch(state)
@@ -94,16 +102,19 @@ def train(plan, state):
         if epoch % plan.measure_every == 0 or epoch == plan.epochs:
           scores = plan.measure(state)
           best = _better(best, scores["accuracy"], epoch, plan.variables(state))
-        if unread:
-          read()
-        unread = (epoch, terms, scores)
-        if epoch % plan.save_every == 0 or epoch == plan.epochs:
-          read()
+        stopping, due = read() if unread else (False, False)
+        # Any process may wish; all learn of it with the epoch's numbers, and so act after the same epoch.
+        overdue = time.monotonic() - saved >= 60 * plan.save_minutes
+        unread = (epoch, terms, scores, (anyone(told_to_stop()), anyone(overdue)))
+        if epoch % plan.save_every == 0 or epoch == plan.epochs or due or stopping:
+          stopping = read()[0] or stopping
           unread = None
+          saved = time.monotonic()
           keeper.save(epoch, {"state": state, "best": best}, {"history": list(history), "seconds": worked()})
+        if stopping or (epoch == plan.epochs and anyone(told_to_stop())):
+          raise Preempted(f"{plan.title}: told to stop; epoch {epoch} is saved, and the same command resumes after it.")
   finally:
     keeper.close()  # what was started is finished, whatever ended the loop
-    writer.close()
   return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
 
 

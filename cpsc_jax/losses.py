@@ -90,6 +90,76 @@ def supervised_contrast(views_NVD, labels_N=None, temperature=0.07):
   return -(temperature / BASE_TEMPERATURE) * jnp.mean(per_anchor)
 
 
+def supervised_contrast_blockwise(views_NVD, labels_N=None, temperature=0.07, block=1024, split=None, whole=None):
+  """`supervised_contrast` without the matrix of all similarities: the same value and gradient to round-off, ().
+
+  The rows are split over the devices by the sharding `split`; every device holds all columns (`whole`) and works
+  through them `block` at a time, once for the value and, as nothing of it is kept, once more for the gradient. With R =
+  N V rows on P devices a device needs R D + R/P block numbers, against R/P R of the dense form.
+  """
+  n, v, d = views_NVD.shape
+  count = n * v
+  block = min(block, count)
+  place = lambda x, sharding: x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+  identity = jnp.repeat(jnp.arange(n) if labels_N is None else labels_N, v)
+  number = jnp.arange(count)
+
+  def blocks(*columns):
+    """Arrays (R, ...) as (R / block, block, ...), filled up with zeros."""
+    fill = lambda x: jnp.pad(x, ((0, -count % block),) + ((0, 0),) * (x.ndim - 1))
+    return tuple(fill(place(x, whole)).reshape(-1, block, *x.shape[1:]) for x in columns)
+
+  def pairs(rows, columns, identity_c, number_c):
+    """Similarities of all rows with a block of columns, which of them count, and which are positives: (R, block)."""
+    other = (number[:, None] != number_c) & (jnp.arange(block) + number_c[0] < count)
+    return rows @ columns.T / temperature, other, other & (identity[:, None] == identity_c)
+
+  def statistics(rows):
+    """Per row: logarithm of the normaliser, sum of the positives' similarities, number of positives; each (R,)."""
+
+    def add(carry, column_block):
+      largest, normaliser, total, positives = carry
+      similarity, other, positive = pairs(rows, *column_block)
+      now = jnp.maximum(largest, jnp.max(similarity, axis=1, where=other, initial=-jnp.inf))
+      shares = jnp.exp(jnp.where(other, similarity - now[:, None], -jnp.inf))
+      normaliser = normaliser * jnp.exp(largest - now) + jnp.sum(shares, axis=1)
+      total += jnp.sum(jnp.where(positive, similarity, 0), axis=1)
+      positives += jnp.sum(positive, axis=1, dtype=rows.dtype)
+      return place((now, normaliser, total, positives), split), None
+
+    zeros = jnp.zeros(count, rows.dtype)
+    start = place((jnp.full(count, jnp.finfo(rows.dtype).min), zeros, zeros, zeros), split)
+    (largest, normaliser, total, positives), _ = jax.lax.scan(add, start, blocks(rows, identity, number))
+    return largest + jnp.log(normaliser), total, positives
+
+  @jax.custom_vjp
+  def loss(rows):
+    return forward(rows)[0]
+
+  def forward(rows):
+    log_normaliser, total, positives = statistics(rows)
+    value = -(temperature / BASE_TEMPERATURE) * jnp.mean(total / positives - log_normaliser)
+    return value, (rows, log_normaliser, positives)
+
+  def backward(saved, cotangent):
+    rows, log_normaliser, positives = saved
+
+    def add(gradient, column_block):
+      columns, identity_c, number_c, log_normaliser_c, positives_c = column_block
+      similarity, other, positive = pairs(rows, columns, identity_c, number_c)
+      share = lambda log_z, p: jnp.exp(jnp.where(other, similarity - log_z, -jnp.inf)) - positive / jnp.maximum(p, 1)
+      # A similarity counts where its row is the anchor and, as the matrix is symmetric, where its column is.
+      each = share(log_normaliser[:, None], positives[:, None]) + share(log_normaliser_c, positives_c)
+      return place(gradient + each @ columns, split), None
+
+    columns = blocks(rows, identity, number, log_normaliser, positives)
+    gradient, _ = jax.lax.scan(add, place(jnp.zeros_like(rows), split), columns)
+    return (cotangent * gradient / (BASE_TEMPERATURE * count),)
+
+  loss.defvjp(forward, backward)
+  return loss(place(views_NVD.reshape(count, d), split))
+
+
 def bn_statistics(moments, running):
   """Distance between what the teacher's batch norm layers see and what they saw in training, ().
 

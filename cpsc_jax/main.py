@@ -7,26 +7,40 @@ STARTED = time.monotonic()
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 
+import jax  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from cpsc_jax import mesh, stop  # noqa: E402
 from cpsc_jax.command import INTERRUPTED  # noqa: E402
-from cpsc_jax.errors import Refusal  # noqa: E402
+from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
 
 
 def main(argv=None):
   """Parses flags, runs, prints the table; returns the exit code."""
   argv = sys.argv if argv is None else argv
   try:
-    config, workdir = parse(argv)
-    from cpsc_jax import distill, report
+    with stop.heeded():
+      config, workdir = parse(argv)
+      mesh.start()
+      from cpsc_jax import distill, report
 
-    results = distill.run(config, workdir, STARTED)
-    report.print_table(results)
-    print(f"everything is in {workdir}")
+      results = distill.run(config, workdir, STARTED)
+      if mesh.leads():
+        report.print_table(results)
+        print(f"everything is in {workdir}")
   except Refusal as refusal:
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
+  except OSError as error:
+    where = error.filename or workdir
+    print(f"cpsc_jax: {where}: {error.strerror}; the same command resumes once that is mended.", file=sys.stderr)
+    return Refusal.exit_code
+  except jax.errors.JaxRuntimeError as error:
+    if mesh.alone():
+      raise
+    print(f"cpsc_jax: {mesh.lost(error)}", file=sys.stderr, flush=True)
+    return RESUME
   except KeyboardInterrupt:
     print("cpsc_jax: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
     return INTERRUPTED
@@ -70,6 +84,11 @@ def parse(argv):
     raise Refusal(f"'{rest[1]}' is not a flag; flags look like --config.student.lr=0.05.")
   if config is None:
     raise Refusal("no --config given; try --config configs/digits.py.")
+  if "://" in (values.workdir or ""):
+    raise Refusal(
+      f"--workdir {values.workdir} is an address, not a folder; mount the bucket (gcsfuse BUCKET FOLDER, on every"
+      " machine) and name the folder."
+    )
   return config, pathlib.Path(values.workdir or pathlib.Path("runs") / config.name)
 
 

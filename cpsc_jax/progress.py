@@ -3,6 +3,7 @@
 import sys
 import time
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -10,8 +11,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(text):
-  """One line, at once."""
-  print(text, flush=True)
+  """One line, at once, from process 0."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 class Steps:
@@ -22,7 +24,7 @@ class Steps:
     self.last_line = time.monotonic()
     self.compiled = None  # when the first epoch was done; it holds the compilation and tells nothing of the others
     self.bar = None
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and jax.process_index() == 0:
       columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
       left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
       self.bar = Progress(*columns, *left, console=Console())

@@ -15,6 +15,7 @@ CHOICES = {
   "arm": ARMS,
   "precision": PRECISIONS,
   "loss.ikd_form": ("mse", "log"),
+  "loss.contrast": ("dense", "blockwise"),
   "generator.schedule": ("steps", "cosine"),
   "method": tuple(methods.METHODS),
 }
@@ -32,7 +33,9 @@ POSITIVE = (
   "evaluate.batch_size",
   "evaluate.samples_per_class",
   "checkpoint.every",
+  "checkpoint.minutes",
   "loss.temperature",
+  "loss.contrast_block",
 )
 
 

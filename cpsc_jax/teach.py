@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim, saved
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import replicated, split_batch
+from cpsc_jax.mesh import everywhere, replicated, split_batch
 from cpsc_jax.progress import say
 from cpsc_jax.state import SupervisedState, step_counter
 
@@ -28,7 +28,7 @@ def obtain_teacher(config, test, workdir, mesh):
   folder = pathlib.Path(config.teacher.checkpoint) if config.teacher.checkpoint else workdir / "teacher"
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     net, variables, card = saved.load(folder)
-    return net, jax.device_put(variables, replicated(mesh)), card
+    return net, everywhere(variables, mesh), card
   net = nets.classifier(config.teacher.net, spec.num_classes)
   outcome = _train_teacher(config, net, spec, test, workdir, mesh)
   card = {
@@ -69,7 +69,7 @@ def check_teacher(config):
 
 def _train_teacher(config, net, spec, test, workdir, mesh):
   c = config.teacher
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir)
+  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(mesh))
   steps = len(data) // c.batch_size
   tx = optim.supervised_optimiser(c, steps, published=config.quirks.stepped_schedule)
   say(f"teacher: {c.net} on the {len(data)} training images of '{config.dataset.name}'")
@@ -88,9 +88,10 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
     epochs=c.epochs,
     measure_every=config.evaluate.every,
     save_every=config.checkpoint.every,
+    save_minutes=config.checkpoint.minutes,
     workdir=workdir / "teacher_training",
   )
-  return train(plan, jax.device_put(state, replicated(mesh)))
+  return train(plan, everywhere(state, mesh))
 
 
 def real_arm(config, game, teacher_variables, card):
@@ -100,7 +101,7 @@ def real_arm(config, game, teacher_variables, card):
   their cross-entropy. The epoch is a function of the state; the state is a SupervisedState.
   """
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir)
+  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(game.mesh))
   update = label_update(game.student, game.student_tx)
   if config.arm == "real_kd":
     update = lambda state, x, y: algorithm.student_update(game, teacher_variables, state, x, y)

@@ -111,6 +111,28 @@ def test_supervised_contrast_survives_long_rows():
   assert np.isfinite(value) and np.all(np.isfinite(grad))
 
 
+@pytest.mark.parametrize("samples, block", [(64, 1024), (256, 100), (512, 128), (4096, 1024)])
+def test_blockwise_contrast_is_the_dense_one(samples, block, dtype):
+  key = jax.random.split(jax.random.key(samples))
+  x = jax.random.normal(key[0], (samples, 2, 16), dtype)
+  x /= jnp.linalg.norm(x, axis=-1, keepdims=True)
+  y = jax.random.randint(key[1], (samples,), 0, 20)
+  dense = jax.jit(jax.value_and_grad(lambda x: 3 * losses.supervised_contrast(x, y, 0.1)))(x)
+  blockwise = lambda x: 3 * losses.supervised_contrast_blockwise(x, y, 0.1, block)
+  value, grad = jax.jit(jax.value_and_grad(blockwise))(x)
+  tolerance = 1e-12 if dtype == np.float64 else 1e-5
+  assert_close(value, dense[0], tolerance, "value")
+  assert_close(grad, dense[1], tolerance, "gradient")
+
+
+def test_blockwise_contrast_without_labels_and_with_long_rows():
+  x = 30 * jax.random.normal(jax.random.key(0), (7, 3, 4))
+  dense = jax.value_and_grad(losses.supervised_contrast)(x)
+  value, grad = jax.value_and_grad(lambda x: losses.supervised_contrast_blockwise(x, block=4))(x)
+  assert_close(value, dense[0], 1e-5)
+  assert_close(grad, dense[1], 1e-4)
+
+
 def test_bn_statistics():
   rng = np.random.default_rng(0)
   draw = lambda: {

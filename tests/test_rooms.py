@@ -19,7 +19,8 @@ ROOMS = {
   "nets": {"errors", "state"},
   "algorithm": {"state", "nets", "optim", "mesh"},
   "methods": {"errors", "algorithm", "state", "losses"},
-  "checkpoint": {"errors", "state"},
+  "stop": {"errors"},
+  "checkpoint": {"errors", "mesh"},
   "convert": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
   "onnx_graph": {"errors"},
   "command": {"errors"},
@@ -29,7 +30,8 @@ ROOMS = {
   "evaluate": {"state", "nets", "datasets", "mesh"},
   "report": set(),
   "settings": {"errors", "datasets", "methods", "nets", "mesh"},
-  "loop": {"errors", "checkpoint", "progress"},
+  "events": set(),
+  "loop": {"errors", "checkpoint", "events", "mesh", "progress", "stop"},
   "teach": {
     "errors",
     "progress",
@@ -61,7 +63,7 @@ ROOMS = {
     "loop",
     "teach",
   },
-  "main": {"errors", "command", "distill", "report"},
+  "main": {"errors", "command", "distill", "mesh", "report", "stop"},
 }
 LIBRARIES = {
   "flax.linen": {"nets"},

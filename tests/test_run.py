@@ -211,6 +211,7 @@ def test_bad_flags_are_refused(capsys, tmp_path):
   refused(capsys, [SMOKE, w, "--config.student.net=resnet19"], "no net 'resnet19'", "did you mean 'resnet18'")
   refused(capsys, [SMOKE, w, "--config.dataset.name=mnist"], "no data set 'mnist'")
   refused(capsys, [SMOKE, w, "--config.arm=none"], "real_labels")
+  refused(capsys, [SMOKE, "--workdir=gs://bucket/run"], "mount the bucket")
   assert not (tmp_path / "w").exists(), "nothing is made before the config is right"
 
 

@@ -73,6 +73,10 @@ class Split:
   def __len__(self):
     return self.labels.shape[0]
 
+  def put(self, sharding):
+    """The same split, placed by a sharding."""
+    return Split(*jax.device_put((self.images, self.labels), sharding))
+
 
 def describe(name, data_dir):
   """What is known about data set `name`: its row of DATASETS, or what was prepared under `data_dir` by that name.

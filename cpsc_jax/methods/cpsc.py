@@ -1,5 +1,7 @@
 """CPSC-DFKD: conditional pseudo-supervised contrast (Shao, Zhang, Wang; Pattern Recognition 143:109781, 2023)."""
 
+import functools
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
@@ -7,10 +9,15 @@ from cpsc_jax import losses
 from cpsc_jax.algorithm import Method
 
 
-def method(config, train_head=False):
+def method(config, train_head=False, split=None, whole=None):
   g, s, form = config.loss.generator, config.loss.student, config.loss.ikd_form
   double, confidence = config.quirks.double_softmax, config.loss.confidence
-  contrast = lambda student, v: losses.supervised_contrast(
+  supervised_contrast = losses.supervised_contrast
+  if config.loss.contrast == "blockwise":
+    supervised_contrast = functools.partial(
+      losses.supervised_contrast_blockwise, block=config.loss.contrast_block, split=split, whole=whole
+    )
+  contrast = lambda student, v: supervised_contrast(
     jnp.stack([student, v.teacher.features], axis=1), v.labels, config.loss.temperature
   )
   generator_terms = {

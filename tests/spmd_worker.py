@@ -1,0 +1,39 @@
+"""python tests/spmd_worker.py OUT.npz: twenty iterations of the digits game in float64 on whatever devices there are.
+
+Writes every logged term, (iterations, steps), and the student's parameters; run by tests/test_spmd.py.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cpsc_jax.configs import digits
+
+from cpsc_jax import algorithm, datasets, distill, mesh, nets, settings
+
+ITERATIONS = 20
+
+
+def main(out, contrast):
+  mesh.start()
+  jax.config.update("jax_enable_x64", True)
+  devices = mesh.make_mesh()
+  config = digits.get_config("smoke")
+  config.loss.contrast, config.loss.contrast_block = contrast, 24
+  config = settings.resolve(config, devices)
+  shape = datasets.describe("digits").image_shape
+  teacher_net = nets.classifier("wrn_10_1", 10)
+  game = distill.build_game(config, devices, teacher_net, {"net": "wrn_10_1", "num_classes": 10, "mean": 0, "std": 1})
+  teacher = nets.init(teacher_net, jax.random.key(5), jnp.zeros((2, *shape)))
+  double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+  state = mesh.everywhere(double(algorithm.initial_state(game, 0, shape)), devices)
+  epoch = algorithm.compile_epoch(game, ITERATIONS)
+  state, terms = jax.device_get(epoch(state, mesh.everywhere(double(teacher), devices)))
+  if mesh.leads():
+    flat = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    np.savez(out, devices=jax.device_count(), **flat({"terms": terms, "student": state.student.params}))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""One program on any number of devices and processes: the same terms, the same student, one writer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import spmd_worker
+from conftest import REPOSITORY
+
+LAUNCHER = (sys.executable, REPOSITORY / "launch" / "local_processes.py")
+
+
+def run_worker(out, processes, devices, contrast):
+  command = [sys.executable, REPOSITORY / "tests" / "spmd_worker.py", out, contrast]
+  if processes > 1:
+    command = [*LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *command]
+  environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  subprocess.run(command, env=environment, check=True, capture_output=True)
+  with np.load(out) as arrays:
+    assert int(arrays["devices"]) == processes * devices
+    return {key: arrays[key] for key in arrays.files if key != "devices"}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+  return run_worker(tmp_path_factory.mktemp("one") / "terms.npz", 1, 1, "dense")
+
+
+@pytest.mark.parametrize(
+  "processes, devices, contrast",
+  [
+    (1, 8, "blockwise"),
+    pytest.param(1, 8, "dense", marks=pytest.mark.slow),
+    pytest.param(2, 4, "dense", marks=pytest.mark.slow),
+    pytest.param(2, 4, "blockwise", marks=pytest.mark.slow),
+  ],
+)
+def test_twenty_iterations_do_not_depend_on_the_devices(on_one_device, tmp_path, processes, devices, contrast):
+  found = run_worker(tmp_path / "terms.npz", processes, devices, contrast)
+  assert found.keys() == on_one_device.keys() and sum("terms" in key for key in found) == 10
+  for key, want in on_one_device.items():
+    assert np.max(np.abs(found[key] - want)) <= 1e-9 * np.max(np.abs(want)), key
+    assert want.shape == (spmd_worker.ITERATIONS, 1) or "terms" not in key
+
+
+def test_a_process_that_dies_is_named_and_the_job_resumed(tmp_path):
+  """Two processes train; one kills itself once; the launcher says so, and the second start ends as if nothing was."""
+  worker = [sys.executable, REPOSITORY / "tests" / "loop_worker.py"]
+  launch = lambda *argv: subprocess.run(
+    [*LAUNCHER, "--devices=2", "--grace=1", "--", *worker, *argv], capture_output=True, text=True, check=True
+  )
+  launch(tmp_path / "whole", "never")
+  broken = launch(tmp_path / "broken", "once")
+  assert "process 1 was killed by SIGKILL" in broken.stdout and "starting again, 1 of 3" in broken.stdout
+  assert "resuming after epoch 4 of 6" in broken.stdout
+  whole, broken = (json.loads((tmp_path / name / "outcome.json").read_text()) for name in ("whole", "broken"))
+  assert whole == broken and len(whole["history"]) == 6
+
+
+def test_processes_that_cannot_be_joined_are_refused():
+  def refusal(**variables):
+    environment = {**os.environ, **{f"CPSC_JAX_{name}": value for name, value in variables.items()}}
+    command = [sys.executable, "-m", "cpsc_jax.main", f"--config={REPOSITORY / 'configs' / 'digits.py'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("cpsc_jax: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+  assert "set without CPSC_JAX_PROCESSES, CPSC_JAX_PROCESS" in refusal(COORDINATOR="localhost:1")
+  assert "does not name a process" in refusal(COORDINATOR="localhost:1", PROCESSES="2", PROCESS="2")
+
+
+def test_launcher_hands_back_a_refusal_and_does_not_start_again(tmp_path):
+  done = subprocess.run(
+    [*LAUNCHER, "--processes=2", "--grace=1", "--", sys.executable, "-c", "raise SystemExit(2)"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and "starting again" not in done.stdout
+  dry = subprocess.run([*LAUNCHER, "--dry-run", "--", "touch", tmp_path / "x"], capture_output=True, text=True)
+  assert dry.stdout.count("CPSC_JAX_PROCESS=") == 2 and not (tmp_path / "x").exists()
+
+
+def test_launcher_hands_sigterm_on():
+  command = [*LAUNCHER, "--processes=2", "--", sys.executable, "-uc", "print('up'); import time; time.sleep(60)"]
+  launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  assert [launcher.stdout.readline().split()[1] for _ in range(2)] == ["up", "up"]
+  launcher.send_signal(signal.SIGTERM)
+  assert launcher.wait(20) == 75 and "starting again" not in launcher.stdout.read()
