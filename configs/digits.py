@@ -15,7 +15,7 @@ def get_config(variant=""):
     c.name = "digits"
     c.dataset.name = "digits"
     c.teacher.net = "wrn_16_1"
-    c.teacher.epochs = 40
+    c.teacher.epochs = 80
     c.teacher.batch_size = 64
     c.teacher.warmup_epochs = 1
     c.teacher.label_smoothing = 0.05
@@ -25,7 +25,7 @@ def get_config(variant=""):
     c.student.steps = 2
     c.student.crop_pad = 1
     c.student.warmup_epochs = 2
-    c.generator.latent_dim = 64
+    c.generator.latent_dim = 8
     c.generator.width = 32
     c.generator.steps = 1
     c.generator.lr = 3e-4
@@ -34,5 +34,6 @@ def get_config(variant=""):
     c.schedule.iterations = 40
     c.schedule.batch_size = 64
     c.loss.generator.ce = 4.0
+    c.quirks.student_trains_in_generator_step = True
     default.apply_variant(c, variant)
   return c
