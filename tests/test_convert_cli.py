@@ -193,7 +193,7 @@ def test_converted_teacher_is_checked_and_used(digits_dir, tmp_path, capsys):
     right = int((twin.eval()(x)[0].argmax(1).numpy() == np.asarray(test.labels)).sum())
   assert card["accuracy"] == right / 454 and f"({right} of the 454 test images of 'digits')" in printed
   folder = str(tmp_path / "a.pth-teacher")
-  config = ml_collections.ConfigDict({"dataset": {"name": "digits"}, "teacher": {"checkpoint": folder}})
+  config = ml_collections.ConfigDict({"dataset": {"name": "digits", "data_dir": ""}, "teacher": {"checkpoint": folder}})
   assert teach.check_teacher(config)["mean"] == [0.3]
   net, variables, card = teach.obtain_teacher(config, test, tmp_path, make_mesh())
   with torch.no_grad():
