@@ -174,7 +174,7 @@ def unpacked(eqn):
   """The jaxpr that an equation merely wraps, or None; of several for several platforms the one for all others."""
   if eqn.primitive.name in WRAPPERS:
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
-  if eqn.primitive.name == "cond" and eqn.params["branches_platforms"]:
+  if eqn.primitive.name == "cond" and eqn.params.get("branches_platforms"):
     return eqn.params["branches"][eqn.params["branches_platforms"].index(None)]
   return None
 
