@@ -22,7 +22,7 @@ def main(out, contrast):
   config = digits.get_config("smoke")
   config.loss.contrast, config.loss.contrast_block = contrast, 24
   config = settings.resolve(config, devices)
-  shape = datasets.describe("digits").image_shape
+  shape = datasets.describe("digits", "").image_shape
   teacher_net = nets.classifier("wrn_10_1", 10)
   game = distill.build_game(config, devices, teacher_net, {"net": "wrn_10_1", "num_classes": 10, "mean": 0, "std": 1})
   teacher = nets.init(teacher_net, jax.random.key(5), jnp.zeros((2, *shape)))
