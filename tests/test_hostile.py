@@ -21,9 +21,9 @@ import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from cpsc_jax import checkpoint, convert
+from cpsc_jax import checkpoint, convert, saved
 from cpsc_jax.convert import torch_files
-from cpsc_jax.convert.__main__ import build, main, shapes_of
+from cpsc_jax.convert.__main__ import main, shapes_of
 
 torch = pytest.importorskip("torch", reason="the files are made with torch: pip install -e '.[test]'")
 
@@ -35,7 +35,7 @@ FORMATS = ("zip", "legacy", "safetensors")
 def weights(card):
   """A valid state dict of NumPy arrays of the net that a card describes."""
   rng = np.random.default_rng(0)
-  like = shapes_of(*build(card))
+  like = shapes_of(*saved.rebuild(card))
   variables = jax.tree.map(lambda s: rng.uniform(0.5, 1.5, s.shape).astype(np.float32), like)
   return convert.to_torch(card["net"], variables)
 
@@ -325,7 +325,7 @@ def test_flipped_bytes_are_refused_or_harmless(valid, tmp_path, capsys):
     path.write_bytes(content)
     if main([str(path), "--out", str(out)]) == 0:
       card = checkpoint.read_card(out)
-      checkpoint.load_net(out, shapes_of(*build(card)))
+      checkpoint.load_net(out, shapes_of(*saved.rebuild(card)))
       out.rename(tmp_path.parent / f"{tmp_path.name}-{len(list(tmp_path.parent.iterdir()))}")
       capsys.readouterr()
     else:

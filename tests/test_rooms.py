@@ -21,7 +21,7 @@ ROOMS = {
   "methods": {"errors", "algorithm", "state", "losses"},
   "stop": {"errors"},
   "checkpoint": {"errors", "mesh"},
-  "convert": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate"},
+  "convert": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate", "saved"},
   "onnx_graph": {"errors"},
   "command": {"errors"},
   "saved": {"errors", "checkpoint", "nets"},

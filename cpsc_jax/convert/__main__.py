@@ -13,7 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import checkpoint, datasets, evaluate, nets
+from cpsc_jax import checkpoint, datasets, evaluate, nets, saved
 from cpsc_jax.command import Flags, carry_out
 from cpsc_jax.convert import families, mapping, torch_files
 from cpsc_jax.errors import Refusal
@@ -61,7 +61,7 @@ def convert(args):
   facts = family.measure(shapes)
   data = args.check or customary_data(facts)
   card = {"net": name, "family": family.title, "image_size": image_size(args, family, data), **facts}
-  net, inputs = build(card)
+  net, inputs = saved.rebuild(card)
   try:
     variables = mapping.from_torch(family.naming, weights, shapes_of(net, inputs))
   except Refusal as refusal:
@@ -121,15 +121,6 @@ def normalisation(args, family, facts, data):
   if not len(mean) == len(std) == facts["channels"] or not all(map(math.isfinite, mean)) or not min(std) > 0:
     raise Refusal(f"{facts['channels']} channels need as many finite --mean and positive --std.")
   return {"mean": list(mean), "std": list(std), "normalisation": origin}
-
-
-def build(card):
-  """(net, shapes of its inputs)."""
-  classes, size, channels = (card[key] for key in ("num_classes", "image_size", "channels"))
-  if card["net"] in nets.GENERATORS:
-    inputs = jax.ShapeDtypeStruct((2, card["latent_dim"]), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    return nets.generator(card["net"], classes, size, channels, card["width"]), inputs
-  return nets.classifier(card["net"], classes), (jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32),)
 
 
 def shapes_of(net, inputs):
