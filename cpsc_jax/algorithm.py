@@ -1,7 +1,8 @@
 """The game: a generator looks for samples that the student gets wrong, the student learns from them.
 
-`alternate` is the paper's algorithm; `generator_step` and `student_step` are its two lines; `compile_epoch` is the
-one jit.
+There are two schedules. `alternate` is CPSC-DFKD's algorithm; `generator_step` and `student_step` are its two lines.
+`invert` is RGAL's and its kin's: `start_afresh`, `inversion_step`, `keep_best`, `pool_step`. `compile_epoch` is the one
+jit.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cpsc_jax import nets
-from cpsc_jax.mesh import replicated, split_batch
+from cpsc_jax import nets, pool
+from cpsc_jax.mesh import along, replicated, split_batch
 from cpsc_jax.state import DistillState, TrainState, View, step_counter
 
 Terms = dict[str, tuple[float, Callable[[View], jax.Array]]]
@@ -21,18 +22,34 @@ Terms = dict[str, tuple[float, Callable[[View], jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Named terms as {name: (weight, view -> scalar)}; a term of weight 0 is neither computed nor logged."""
+  """Named terms as {name: (weight, view -> scalar)}; a term of weight 0 is neither computed nor logged.
+
+  Attributes:
+    inverts: the schedule is `invert`, not `alternate`.
+    critic: a flax module that the generator's terms may call (`View.criticise`); it is trained with the generator by
+      the same loss, and kept when the generator starts afresh. None: there is none, and no bank.
+    critic_width: the teacher's `Output`, as shapes -> width of what the critic reads.
+    remember: view -> (N, D), what is kept in the bank of a batch that joins the pool.
+    bank_width: the same shapes -> D.
+  """
 
   generator_terms: Terms
   student_terms: Terms
+  inverts: bool = False
+  critic: Any = None
+  critic_width: Callable[[Any], int] | None = None
+  remember: Callable[[View], jax.Array] | None = None
+  bank_width: Callable[[Any], int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Game:
   """What stays fixed while a distillation runs: the nets, the terms, the optimisers, the numbers of the schedule.
 
-  `augment` is (key, images) -> images, applied to what the student learns from, or None. `quirks` is the config's
-  section of that name: each switch is explained in configs/default.py.
+  `augment` is (key, images) -> images, applied to what the student learns from, or None; `vary` the same for what both
+  nets see of the generator's images in its steps. `labelled`: the label asked for has a meaning. `pool_slots`,
+  `pool_batch` and `bank_slots` are the config's section `pool`, in batches. `quirks` is the config's section of that
+  name: each switch is explained in configs/default.py.
   """
 
   generator: Any  # this and the next two: a flax.linen.Module
@@ -47,6 +64,11 @@ class Game:
   generator_steps: int
   student_steps: int
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None
+  vary: Callable[[jax.Array, jax.Array], jax.Array] | None
+  labelled: bool
+  pool_slots: int
+  pool_batch: int
+  bank_slots: int
   quirks: Any
   mesh: jax.sharding.Mesh
 
@@ -63,10 +85,24 @@ def alternate(g_step, s_step, n_g, n_s):
   return iteration
 
 
+def invert(begin, g_step, keep, s_step, n_g, n_s):
+  """A fresh generator and one fresh batch, n_g updates of both, the best into the pool; n_s student updates from it."""
+
+  def iteration(state, _):
+    key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 1 + n_g + n_s)
+    keys = jnp.stack(keys)
+    state = begin(state, key)
+    state, g = jax.lax.scan(g_step, state, keys[:n_g])  # min L_G over G and z; S, T fixed
+    state, s = jax.lax.scan(s_step, keep(state), keys[n_g:])  # min L_S over S on the pool; T fixed
+    return state.tick(), {"generator": g, "student": s}
+
+  return iteration
+
+
 def generator_step(game, teacher):
   def step(state, key):
-    z, y = draw(game, key)
-    state, aux = generator_update(game, teacher, state, z, y)
+    z, y = draw(game, key, game.batch_size)
+    state, aux = generator_update(game, teacher, state, z, y, key)
     return state, aux["terms"]
 
   return step
@@ -74,20 +110,99 @@ def generator_step(game, teacher):
 
 def student_step(game, teacher):
   def step(state, key):
-    z, y = draw(game, key)
+    z, y = draw(game, key, game.batch_size)
     x, state = imagine(game, state, z, y)
-    if game.augment:
-      x = game.augment(jax.random.fold_in(key, 1), x)
-    student, terms = student_update(game, teacher, state.student, x, y)
-    return state.replace(student=student), terms
+    return learn(game, teacher, state, x, y, key)
 
   return step
 
 
-def generator_update(game, teacher, state, z, y):
+def learn(game, teacher, state, x, y, key):
+  """One update of the student on images x (N, H, W, K) and labels y (N,), after the crops and flips asked for."""
+  if game.augment:
+    x = game.augment(jax.random.fold_in(key, 1), x)
+  student, terms = student_update(game, teacher, state.student, x, y, key)
+  return state.replace(student=student), terms
+
+
+def start_afresh(game):
+  """A new generator, new latents and new labels in place of the last ones."""
+
+  def begin(state, key):
+    key_g, key_z = jax.random.split(key)
+    z, y = draw(game, key_z, game.pool_batch)
+    generator = train_state(nets.init(game.generator, key_g, z, y), game.generator_tx)
+    state = state.replace(generator=generator)
+    x, _ = imagine(game, state, z, y)
+    draft = {
+      **state.memory["draft"],
+      "latent": z,
+      "labels": y,
+      "latent_state": game.generator_tx.init(z),
+      "loss": jnp.full((), jnp.inf),
+      "images": x,
+    }
+    return state.replace(memory={**state.memory, "draft": draft})
+
+  return begin
+
+
+def inversion_step(game, teacher):
+  """One update of the generator and its latents, and of the critic; the batch of the least loss is remembered."""
+
+  def step(state, key):
+    memory, draft = state.memory, state.memory["draft"]
+    moved = {"params": state.generator.params, "latent": draft["latent"]}
+    if game.method.critic:
+      moved["critic"] = memory["critic"].params
+    loss = generator_loss(game, teacher, state, draft["labels"], key)
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(moved)
+    better = value < draft["loss"]
+    now = {"loss": value, "images": aux["image"]}
+    if game.method.critic:
+      now["remembered"] = aux["remembered"]
+      memory = {**memory, "critic": memory["critic"].updated(game.generator_tx, grads["critic"], {})}
+    best = {name: jnp.where(better, new, draft[name]) for name, new in now.items()}
+    change, latent_state = game.generator_tx.update(grads["latent"], draft["latent_state"])
+    draft = {**draft, **best, "latent": draft["latent"] + change, "latent_state": latent_state}
+    return (
+      state.replace(
+        generator=state.generator.updated(game.generator_tx, grads["params"], aux["generator_stats"]),
+        student=state.student.replace(batch_stats=aux["student_stats"]),
+        memory={**memory, "draft": draft},
+      ),
+      aux["terms"],
+    )
+
+  return step
+
+
+def keep_best(game):
+  """Puts the best batch into the pool, and what is remembered of it into the bank."""
+
+  def keep(state):
+    memory, draft = state.memory, state.memory["draft"]
+    kept = {"pool": pool.add(memory["pool"], images=draft["images"], labels=draft["labels"])}
+    if game.method.critic:
+      kept["bank"] = pool.add(memory["bank"], features=draft["remembered"])
+    return state.replace(memory={**memory, **kept})
+
+  return keep
+
+
+def pool_step(game, teacher):
+  def step(state, key):
+    drawn = pool.draw(state.memory["pool"], jax.random.fold_in(key, 2), game.batch_size)
+    x, y = jax.lax.with_sharding_constraint((drawn["images"], drawn["labels"]), split_batch(game.mesh))
+    return learn(game, teacher, state, x, y, key)
+
+  return step
+
+
+def generator_update(game, teacher, state, z, y, key=None):
   """One update of the generator on latents z (N, nz) and labels y (N,); returns (state, {"terms", "latent", ...})."""
   moved = {"params": state.generator.params, "latent": z}
-  loss = generator_loss(game, teacher, state, y)
+  loss = generator_loss(game, teacher, state, y, key)
   if not game.quirks.latent_step:
     loss_of_both, moved = loss, {"params": moved["params"]}
     loss = lambda m: loss_of_both({**m, "latent": z})
@@ -103,19 +218,31 @@ def generator_update(game, teacher, state, z, y):
   return state.replace(generator=generator, student=student), aux
 
 
-def generator_loss(game, teacher, state, y):
-  """L_G as a function of {"params", "latent"} with aux; gradients flow through teacher and student into the image."""
+def generator_loss(game, teacher, state, y, key=None):
+  """L_G as a function of {"params", "latent"} with aux; gradients flow through teacher and student into the image.
+
+  With a critic its parameters belong to the argument too. `key` is needed by terms that draw, and by `vary`.
+  """
 
   def loss(moved):
     variables = {"params": moved["params"], "batch_stats": state.generator.batch_stats}
     x, generator_stats = nets.forward(game.generator, variables, moved["latent"], y, train=True)
-    t, moments, running = nets.forward_observed(game.teacher, teacher, x)
+    seen = game.vary(jax.random.fold_in(key, 3), x) if game.vary else x
+    t, moments, running = nets.forward_observed(game.teacher, teacher, seen)
     s, student_stats = nets.forward(
-      game.student, state.student.variables, x, train=game.quirks.student_trains_in_generator_step
+      game.student, state.student.variables, seen, train=game.quirks.student_trains_in_generator_step
     )
-    value, terms = weigh(game.method.generator_terms, View(y, t, s, moments, running))
+    view = View(y, t, s, moments, running, images=x, key=None if key is None else jax.random.fold_in(key, 4))
+    if game.method.critic:
+      view = view.replace(
+        bank=state.memory["bank"],
+        teach=lambda images: game.teacher.apply(teacher, images, train=False),
+        criticise=lambda features: game.method.critic.apply({"params": moved["critic"]}, features),
+      )
+    value, terms = weigh(game.method.generator_terms, view)
     return value, {
       "terms": terms,
+      "remembered": jax.lax.stop_gradient(game.method.remember(view)) if game.method.critic else None,
       "image": x,
       "teacher": t,
       "student": s,
@@ -134,19 +261,23 @@ def imagine(game, state, z, y):
   return jax.lax.stop_gradient(x), state
 
 
-def student_update(game, teacher, student, x, y):
+def student_update(game, teacher, student, x, y, key=None):
   """One update of the student on constant images x (N, H, W, K) with labels y (N,): (TrainState, terms)."""
-  grads, aux = jax.grad(student_loss(game, teacher, student, x, y), has_aux=True)(student.params)
+  grads, aux = jax.grad(student_loss(game, teacher, student, x, y, key), has_aux=True)(student.params)
   return student.updated(game.student_tx, grads, aux["student_stats"]), aux["terms"]
 
 
-def student_loss(game, teacher, student, x, y):
-  """L_S as a function of the student's parameters, with aux; the teacher's outputs are constants of it."""
+def student_loss(game, teacher, student, x, y, key=None):
+  """L_S as a function of the student's parameters, with aux; the teacher's outputs are constants of it.
+
+  `key` is needed by terms that draw.
+  """
+  key = None if key is None else jax.random.fold_in(key, 4)
   t = game.teacher.apply(teacher, x, train=False)
 
   def loss(params):
     s, stats = nets.forward(game.student, {"params": params, "batch_stats": student.batch_stats}, x, train=True)
-    value, terms = weigh(game.method.student_terms, View(y, t, s))
+    value, terms = weigh(game.method.student_terms, View(y, t, s, key=key))
     return value, {"terms": terms, "teacher": t, "student": s, "student_stats": stats}
 
   return loss
@@ -159,11 +290,11 @@ def weigh(terms, view):
   return total, {**values, "total": total}
 
 
-def draw(game, key):
-  """Standard normal latents (N, nz) and uniform labels (N,), split over the devices."""
+def draw(game, key, number):
+  """`number` standard normal latents (N, nz) and uniform labels (N,), split over the devices."""
   key_z, key_y = jax.random.split(key)
-  z = jax.random.normal(key_z, (game.batch_size, game.latent_dim))
-  y = jax.random.randint(key_y, (game.batch_size,), 0, game.num_labels)
+  z = jax.random.normal(key_z, (number, game.latent_dim))
+  y = jax.random.randint(key_y, (number,), 0, game.num_labels)
   return jax.lax.with_sharding_constraint((z, y), split_batch(game.mesh))
 
 
@@ -175,11 +306,46 @@ def initial_state(game, seed, image_shape):
   latent, labels = jnp.zeros((2, game.latent_dim)), jnp.zeros((2,), jnp.int32)
   generator = train_state(nets.init(game.generator, key_g, latent, labels), game.generator_tx)
   student = train_state(nets.init(game.student, key_s, image), game.student_tx)
-  return DistillState(step_counter(), key_run, generator, student, memory={})
+  memory = initial_memory(game, jax.random.fold_in(key, 3), image_shape) if game.method.inverts else {}
+  return DistillState(step_counter(), key_run, generator, student, memory)
+
+
+def initial_memory(game, key, image_shape):
+  """An empty pool, a blank draft and, where the method has one, a fresh critic with an empty bank."""
+  n, method = game.pool_batch, game.method
+  latent = jnp.zeros((n, game.latent_dim))
+  draft = {
+    "latent": latent,
+    "labels": jnp.zeros((n,), jnp.int32),
+    "latent_state": jax.jit(game.generator_tx.init)(latent),
+    "loss": jnp.zeros(()),
+    "images": jnp.zeros((n, *image_shape)),
+  }
+  images, labels = (image_shape, jnp.float32), ((), jnp.int32)
+  memory = {"pool": pool.empty(game.pool_slots, n, images=images, labels=labels), "draft": draft}
+  if method.critic:
+    shapes = nets.output_shapes(game.teacher, image_shape)
+    width = method.bank_width(shapes)
+    variables = jax.jit(method.critic.init)(key, jnp.zeros((2, method.critic_width(shapes))))
+    memory["critic"] = train_state({**variables, "batch_stats": {}}, game.generator_tx)
+    memory["bank"] = pool.empty(game.bank_slots, n, features=((width,), jnp.float32))
+    draft["remembered"] = jnp.zeros((n, width))
+  return memory
 
 
 def train_state(variables, tx):
   return TrainState(variables["params"], variables["batch_stats"], jax.jit(tx.init)(variables["params"]))
+
+
+def shardings(game):
+  """Where the parts of a DistillState lie: all on every device, but pool and bank, whose batches are shared out."""
+  whole, shared = replicated(game.mesh), along(game.mesh, pool.BATCH_AXIS)
+  memory = {}
+  if game.method.inverts:
+    memory = {"pool": {"images": shared, "labels": shared, "count": whole}, "draft": whole}
+  if game.method.critic:
+    memory |= {"critic": whole, "bank": {"features": shared, "count": whole}}
+  return DistillState(whole, whole, whole, whole, memory)
 
 
 def compile_epoch(game, iterations):
@@ -189,10 +355,13 @@ def compile_epoch(game, iterations):
   """
 
   def epoch(state, teacher):
-    iteration = alternate(
-      generator_step(game, teacher), student_step(game, teacher), game.generator_steps, game.student_steps
-    )
+    counts = game.generator_steps, game.student_steps
+    if game.method.inverts:
+      steps = start_afresh(game), inversion_step(game, teacher), keep_best(game), pool_step(game, teacher)
+      iteration = invert(*steps, *counts)
+    else:
+      iteration = alternate(generator_step(game, teacher), student_step(game, teacher), *counts)
     return jax.lax.scan(iteration, state, length=iterations)
 
-  everywhere = replicated(game.mesh)
-  return jax.jit(epoch, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)
+  everywhere, places = replicated(game.mesh), shardings(game)
+  return jax.jit(epoch, in_shardings=(places, everywhere), out_shardings=(places, everywhere), donate_argnums=0)

@@ -15,7 +15,7 @@ import numpy as np
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, methods, nets, optim, report, settings, teach
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import everywhere, leads, make_mesh, one_after_the_other, replicated, split_batch
+from cpsc_jax.mesh import everywhere, leads, make_mesh, one_after_the_other, place, replicated, split_batch
 from cpsc_jax.progress import say
 
 PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -33,8 +33,8 @@ def run(config, workdir, started=None):
   started = time.monotonic() if started is None else started
   mesh = make_mesh()
   config = settings.resolve(config, mesh)
-  if config.teacher.checkpoint:
-    teach.check_teacher(config)
+  given = teach.check_teacher(config)["net"] if config.teacher.checkpoint else config.teacher.net
+  settings.check_stages(config, given)
   workdir = pathlib.Path(workdir)
   results = earlier_results(workdir, config)
   if results:
@@ -75,8 +75,8 @@ def run(config, workdir, started=None):
       "accuracy": evaluate.share_equal(predictions, test.labels),
       "agreement": evaluate.share_equal(predictions, teacher_says),
     }
-    if data_free:
-      _, fidelity = sampler(state.generator.variables, teacher, sample_key)
+    if data_free and game.labelled:
+      _, fidelity = sampler(state, teacher, sample_key)
       scores["label_fidelity"] = jnp.mean(fidelity)
     return scores
 
@@ -92,7 +92,7 @@ def run(config, workdir, started=None):
       save_minutes=config.checkpoint.minutes,
       workdir=workdir,
     ),
-    everywhere(state, mesh),
+    state,
   )
 
   shape = {k: card[k] for k in ("num_classes", "image_size", "channels", "mean", "std")}
@@ -102,22 +102,30 @@ def run(config, workdir, started=None):
   checkpoint.save_net(workdir / "student_best", outcome.best_variables, student_card)
   generator = None
   if data_free:
-    images, fidelity = jax.device_get(sampler(outcome.state.generator.variables, teacher, sample_key))
+    images, fidelity = jax.device_get(sampler(outcome.state, teacher, sample_key))
     images = datasets.denormalise(images[:, : report.COLUMNS], card["mean"], card["std"])
     variables = outcome.state.generator.variables
-    generator_card = {**shape, **{key: config.generator[key] for key in ("net", "latent_dim", "width")}}
-    checkpoint.save_net(workdir / "generator", variables, generator_card)
     generator = {
       "net": config.generator.net,
       "parameters": nets.count_parameters(variables["params"]),
-      "label_fidelity": float(np.mean(fidelity)),
-      "label_fidelity_per_class": [float(f) for f in fidelity],
+      "label_fidelity": float(np.mean(fidelity)) if game.labelled else None,
+      "label_fidelity_per_class": [float(f) for f in fidelity] if game.labelled else None,
     }
+    if game.method.inverts:
+      held = held_images(outcome.state.memory["pool"], card, mesh)
+      generator["pool"] = len(held["labels"])
+    else:
+      generator_card = {
+        **shape,
+        **{key: config.generator[key] for key in ("net", "latent_dim", "width", "conditional")},
+      }
+      checkpoint.save_net(workdir / "generator", variables, generator_card)
   scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
   figures = lambda e: {k: scored[e][k] for k in ("epoch", "accuracy", "agreement")}
   last, best = figures(config.schedule.epochs), figures(outcome.best_epoch)
   headline = "best" if config.quirks.report_best else "last"
-  drawn = config.schedule.epochs * config.schedule.iterations * config.schedule.batch_size
+  iterations = config.schedule.epochs * config.schedule.iterations
+  generator_batch = game.pool_batch if game.method.inverts else config.schedule.batch_size
   results = {
     "name": config.name,
     "arm": config.arm,
@@ -141,7 +149,10 @@ def run(config, workdir, started=None):
     "generator": generator,
     "agreement": {"last": last, "best": best}[headline]["agreement"],
     "test_images": len(test),
-    "samples": {"generator": drawn * game.generator_steps * data_free, "student": drawn * game.student_steps},
+    "samples": {
+      "generator": iterations * generator_batch * game.generator_steps * data_free,
+      "student": iterations * config.schedule.batch_size * game.student_steps,
+    },
     "seconds": time.monotonic() - started,
     "seconds_by_part": {"teacher": card.get("seconds", 0.0), "student": outcome.seconds},
     "versions": {**{name: metadata.version(name) for name in PACKAGES}, "python": platform.python_version()},
@@ -151,6 +162,8 @@ def run(config, workdir, started=None):
   if leads():
     if data_free:
       np.savez(workdir / "samples.npz", images=images)
+      if game.method.inverts:
+        np.savez(workdir / "pool.npz", **held)
     history = {"teacher": card.get("history", []), "student": outcome.history}
     (workdir / "history.json").write_text(json.dumps(history) + "\n")
     report.draw(workdir, results)
@@ -168,37 +181,51 @@ def build_game(config, mesh, teacher_net, card):
   has_head = width(student) != width(teacher_net)
   if has_head:
     student = nets.FeatureHead(student, width(teacher_net), normalise=not config.quirks.untrained_head)
+  if config.loss.student.channel:
+    stages = nets.output_shapes(teacher_net, spec.image_shape).stages
+    student = nets.StageProjections(student, tuple(stage.shape[-1] for stage in stages))
   generator = nets.generator(
-    config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width, dtype
+    config.generator.net,
+    spec.num_classes if config.generator.conditional else 1,
+    spec.image_size,
+    spec.channels,
+    config.generator.width,
+    dtype,
   )
   if config.loss.generator.bn and not nets.has_batch_norm(teacher_net, spec.image_shape):
     say("the teacher has no batch norm: config.loss.generator.bn has nothing to act on and is off")
     config = settings.override(config, "loss.generator.bn", 0.0)
   generator_steps = 0 if config.arm == "untrained_generator" else config.generator.steps
   steps = config.schedule.iterations
+  method = methods.method(
+    config, has_head and not config.quirks.untrained_head, split=split_batch(mesh), whole=replicated(mesh)
+  )
+  every = (config.generator.steps, 1) if method.inverts else (steps * config.generator.steps, None)
   return algorithm.Game(
     generator=generator,
     teacher=nets.classifier(card["net"], card["num_classes"], dtype),
     student=student,
-    method=methods.method(
-      config, has_head and not config.quirks.untrained_head, split=split_batch(mesh), whole=replicated(mesh)
-    ),
-    generator_tx=optim.generator_optimiser(config, steps * config.generator.steps),
+    method=method,
+    generator_tx=optim.generator_optimiser(config, *every),
     student_tx=optim.student_optimiser(config, steps * config.student.steps),
-    latent_dim=config.generator.latent_dim,
+    latent_dim=getattr(generator, "latent_dim", config.generator.latent_dim),
     num_labels=min(100, spec.num_classes) if config.quirks.hundred_labels else spec.num_classes,
     batch_size=config.schedule.batch_size,
     generator_steps=generator_steps,
     student_steps=config.student.steps,
-    augment=augmentation(config, card),
+    augment=augmentation(config.student, card),
+    vary=augmentation(config.generator, card),
+    labelled=method.inverts or config.generator.conditional,
+    pool_slots=config.pool.size // config.pool.batch_size,
+    pool_batch=config.pool.batch_size,
+    bank_slots=config.pool.bank // config.pool.batch_size,
     quirks=config.quirks,
     mesh=mesh,
   )
 
 
-def augmentation(config, card):
-  """(key, normalised images) -> images for student steps by the config, or None where it asks for none."""
-  c = config.student
+def augmentation(c, card):
+  """(key, normalised images) -> images by the config's section `c`, or None where it asks for none."""
   if not (c.crop_pad or c.flip):
     return None
   black = -np.asarray(card["mean"]) / np.asarray(card["std"])
@@ -209,7 +236,17 @@ def data_free_arm(config, game, teacher):
   """(epoch program, initial state) of a distillation; the epoch is a function of the state."""
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   epoch = algorithm.compile_epoch(game, config.schedule.iterations)
-  return lambda state: epoch(state, teacher), algorithm.initial_state(game, config.seed, spec.image_shape)
+  state = algorithm.initial_state(game, config.seed, spec.image_shape)
+  return lambda state: epoch(state, teacher), place(state, algorithm.shardings(game))
+
+
+def held_images(pool, card, mesh):
+  """What an image pool holds at the end, as it would be shown: {"images": (N, H, W, K) uint8, "labels": (N,)}."""
+  whole = jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(pool))
+  there = min(int(whole["count"]), len(whole["labels"]))
+  flat = lambda array: array[:there].reshape(-1, *array.shape[2:])
+  images = datasets.denormalise(flat(whole["images"]), card["mean"], card["std"])
+  return {"images": np.round(255 * images).astype(np.uint8), "labels": flat(whole["labels"])}
 
 
 def earlier_results(workdir, config):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import datasets, nets
+from cpsc_jax import datasets, nets, pool
 from cpsc_jax.mesh import replicated, split_batch
 
 
@@ -37,24 +37,40 @@ def share_equal(a, b):
 
 
 def compile_sampler(game, per_class):
-  """(generator variables, teacher variables, key) -> (images, fidelity).
+  """(state, teacher variables, key) -> (images, fidelity): `per_class` samples of every class, and what they are worth.
 
-  Draws `per_class` fresh samples of every class with the generator in evaluation mode. images are (C, per_class, H,
-  W, K)
-  in normalised space; fidelity (C,) is the share of each class's samples to which the teacher gives the class asked
-  for.
+  They are drawn by the generator in evaluation mode or, where the method inverts, from the pool; images are (C,
+  per_class, H, W, K) in normalised space, blank where the pool has fewer. fidelity (C,) is the share of each class's
+  samples to which the teacher gives the class asked for.
   """
+  labels = jnp.arange(game.num_labels)
+  classify = lambda teacher, x: jnp.argmax(game.teacher.apply(teacher, x, train=False).logits, axis=-1)
 
-  def sample(generator, teacher, key):
-    y = jnp.repeat(jnp.arange(game.num_labels), per_class)
+  def fresh(state, teacher, key):
+    y = jnp.repeat(labels, per_class)
     z = jax.random.normal(key, (y.size, game.latent_dim))
 
     def batch(zy):
-      x, _ = nets.forward(game.generator, generator, *zy, train=False)
-      return x, jnp.argmax(game.teacher.apply(teacher, x, train=False).logits, axis=-1)
+      x, _ = nets.forward(game.generator, state.generator.variables, *zy, train=False)
+      return x, classify(teacher, x)
 
     rows = lambda a: a.reshape(game.num_labels, per_class, *a.shape[1:])
     images, seen = jax.lax.map(batch, (rows(z), rows(y)))
     return images, jnp.mean((seen == rows(y)).astype(jnp.float32), axis=1)
 
-  return jax.jit(sample, out_shardings=replicated(game.mesh))
+  def pooled(state, teacher, key):
+    held = state.memory["pool"]
+    number = min(per_class, game.pool_slots * game.pool_batch)
+    chance = jax.random.uniform(key, held["labels"].shape)
+
+    def of_class(label):
+      ours = pool.filled(held) & (held["labels"] == label)
+      value, place = jax.lax.top_k(jnp.where(ours, chance, -1.0).reshape(-1), number)
+      x = held["images"][jnp.unravel_index(place, chance.shape)]
+      there = value >= 0
+      right = jnp.sum(there & (classify(teacher, x) == label)) / jnp.maximum(jnp.sum(there), 1)
+      return jnp.where(there[:, None, None, None], x, 0.0), right
+
+    return jax.lax.map(of_class, labels)
+
+  return jax.jit(pooled if game.method.inverts else fresh, out_shardings=replicated(game.mesh))

@@ -1,7 +1,8 @@
 """Loss terms: arrays in, scalars out. No term knows a config; `stop_gradient` stands where the term is written.
 
 Sources: CPSC-DFKD (Shao, Zhang, Wang, Pattern Recognition 143:109781, 2023) and its published code; supervised
-contrast after Khosla et al., NeurIPS 2020, eq. 2; batch norm statistics after DeepInversion (Yin et al., CVPR 2020).
+contrast after Khosla et al., NeurIPS 2020, eq. 2; batch norm statistics after DeepInversion (Yin et al., CVPR 2020);
+triplets after RGAL (Liang and Fu, IJCV 2024). Terms of other methods name theirs.
 """
 
 import jax
@@ -12,14 +13,87 @@ from jax.lax import stop_gradient
 BASE_TEMPERATURE = 0.07
 
 
-def kl(teacher_logits_NC, student_logits_NC):
-  """KL(teacher || student) at temperature 1, summed over classes, mean over the batch: () from two (N, C).
+def kl(teacher_logits_NC, student_logits_NC, temperature=1.0):
+  """KL(teacher || student), summed over classes, mean over the batch: () from two (N, C).
 
-  The gradient flows into both arguments.
+  Both are softened by `temperature`, and the result is multiplied by its square (Hinton et al., 2015). The gradient
+  flows into both arguments.
   """
-  log_q = jax.nn.log_softmax(teacher_logits_NC)
-  log_p = jax.nn.log_softmax(student_logits_NC)
-  return jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1))
+  return jnp.mean(_kl_each(teacher_logits_NC, student_logits_NC, temperature))
+
+
+def kl_where_agreed(teacher_logits_NC, student_logits_NC):
+  """`kl` in which only samples count that both nets give the same class; divided by the whole batch: ().
+
+  Pushed up, it looks for samples near the student's decision boundary without leaving the class (CMI, RGAL).
+  """
+  agreed = jnp.argmax(teacher_logits_NC, axis=-1) == jnp.argmax(student_logits_NC, axis=-1)
+  return jnp.mean(jnp.where(agreed, _kl_each(teacher_logits_NC, student_logits_NC), 0.0))
+
+
+def jensen_shannon(teacher_logits_NC, student_logits_NC, temperature=3.0):
+  """Jensen-Shannon divergence of the softened predictions, mean over the batch: () (Yin et al., 2020, eq. 8)."""
+  log_q = jax.nn.log_softmax(teacher_logits_NC / temperature)
+  log_p = jax.nn.log_softmax(student_logits_NC / temperature)
+  log_m = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
+  to_middle = lambda log_x: jnp.sum(jnp.exp(log_x) * (log_x - log_m), axis=-1)
+  return jnp.mean(0.5 * to_middle(log_q) + 0.5 * to_middle(log_p))
+
+
+def l1(teacher_logits_NC, student_logits_NC):
+  """Mean absolute difference over batch and classes: (); the gradient flows into both (DFAD, eq. 3)."""
+  return jnp.mean(jnp.abs(teacher_logits_NC - student_logits_NC))
+
+
+def imbalance(logits_NC):
+  """Negative entropy of the mean prediction: (), at its least where the batch has all classes alike (DAFL, eq. 6)."""
+  mean = jnp.mean(jax.nn.softmax(logits_NC), axis=0)
+  return jnp.sum(jax.scipy.special.xlogy(mean, mean))
+
+
+def inactivity(features_ND):
+  """Negative mean absolute feature: (); real images excite a net's last layer more than noise does (DAFL, eq. 4)."""
+  return -jnp.mean(jnp.abs(features_ND))
+
+
+def total_variation(images_NHWK):
+  """Differences between neighbours in four directions, the L2 norms of each over the whole batch, summed: ().
+
+  Source: DeepInversion, eq. 2, in the form of its published code.
+  """
+  x = images_NHWK
+  differences = (
+    x[:, :, 1:] - x[:, :, :-1],
+    x[:, 1:] - x[:, :-1],
+    x[:, 1:, 1:] - x[:, :-1, :-1],
+    x[:, 1:, :-1] - x[:, :-1, 1:],
+  )
+  return sum(_l2(d) for d in differences)
+
+
+def norm(images_NHWK):
+  """L2 norm of the whole batch: () (DeepInversion, eq. 2)."""
+  return _l2(images_NHWK)
+
+
+def attention(teacher_stages, student_stages):
+  """How far the nets look at different places, summed over stages: () (Zagoruyko & Komodakis, ICLR 2017).
+
+  A stage (N, H, W, K) becomes its mean square over channels, scaled to unit length over space; differences are squared
+  and averaged over batch and space. Both nets must have stages of the same sizes; the teacher is detached.
+  """
+  where = lambda stage: _unit(jnp.mean(jnp.square(stage), axis=-1).reshape(stage.shape[0], -1))
+  pairs = zip(teacher_stages, student_stages, strict=True)
+  return sum(jnp.mean(jnp.square(stop_gradient(where(t)) - where(s))) for t, s in pairs)
+
+
+def channel_distillation(teacher_stages, projected):
+  """MSE between the teacher's spatially averaged stages and the student's, projected to their widths, summed: ().
+
+  `projected` is one (N, K) per stage; the teacher is detached (RGAL, after Zhou et al., Channel Distillation, 2020).
+  """
+  pairs = zip(teacher_stages, projected, strict=True)
+  return sum(jnp.mean(jnp.square(stop_gradient(jnp.mean(t, (1, 2))) - s)) for t, s in pairs)
 
 
 def ikd_generator(teacher_logits_NC, student_logits_NC, form="mse"):
@@ -160,6 +234,68 @@ def supervised_contrast_blockwise(views_NVD, labels_N=None, temperature=0.07, bl
   return loss(place(views_NVD.reshape(count, d), split))
 
 
+def log_negative_weights(logits_NC, labels_N, focal):
+  """Logarithms of the weights with which negatives are drawn, row by row for each anchor: (N, N), -inf for never.
+
+  With D the distance between logits of unit length, of width d, a negative (another label) weighs
+  D^(2 - d) (1 - D^2 / 4)^((3 - d) / 2), the inverse of how common that distance is on a sphere (Wu et al., Sampling
+  Matters, ICCV 2017). Distance-weighted: D counts as at least 0.5, and negatives at 1.4 and farther are never drawn.
+  Focal (RGAL): only those with 0.5 < D < 1. An anchor whose negatives are all out of range draws any of them alike; one
+  that has none has a row of -inf. Nothing is differentiated.
+  """
+  unit_logits = _unit(stop_gradient(logits_NC))
+  d = logits_NC.shape[-1]
+  distance = jnp.sqrt(jnp.maximum(2 - 2 * unit_logits @ unit_logits.T, 0.0))
+  negative = labels_N[:, None] != labels_N[None, :]
+  if focal:
+    candidate = negative & (distance > 0.5) & (distance < 1.0)
+  else:
+    distance = jnp.maximum(distance, 0.5)
+    candidate = negative & (distance < 1.4)
+  safe = jnp.where(candidate, distance, 1.0)
+  log_weight = (2.0 - d) * jnp.log(safe) - (d - 3) / 2 * jnp.log(1 - jnp.square(safe) / 4)
+  nobody = ~jnp.any(candidate, axis=1, keepdims=True)
+  return jnp.where(candidate, log_weight, jnp.where(negative & nobody, 0.0, -jnp.inf))
+
+
+def draw_negatives(key, log_weights_NN):
+  """For each anchor i and each j, the number of one negative of i drawn by its weights: (N, N) int32.
+
+  Rows without any negative give meaningless numbers.
+  """
+  most = jnp.max(log_weights_NN, axis=1, keepdims=True)
+  weights = jnp.exp(log_weights_NN - jnp.where(jnp.isfinite(most), most, 0.0))
+  upto = jnp.cumsum(weights, axis=1)
+  point = jax.random.uniform(key, upto.shape, upto.dtype) * upto[:, -1:]
+  drawn = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))(upto, point)
+  last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=1)
+  return jnp.minimum(drawn, last[:, None])  # rounding may put a point on the very end
+
+
+def triplets(stages, logits_NC, labels_N, key, margin=0.2, focal=False, swapped=False):
+  """Triplet margin loss over all pairs of equal label, each with one negative drawn by the logits' distances: ().
+
+  Distances are those of spatially averaged stages (N, H, W, K) at unit length; the loss max(0, d(anchor, positive) -
+  d(anchor, negative) + margin) is averaged over pairs and summed over stages. `swapped` exchanges positive and
+  negative: equal labels are pushed apart, different ones pulled together. Pairs without any negative do not count; 0
+  where there are no pairs (RGAL, Liang and Fu, IJCV 2024).
+  """
+  log_weights = log_negative_weights(logits_NC, labels_N, focal)
+  drawn = draw_negatives(key, log_weights)
+  pair = (labels_N[:, None] == labels_N[None, :]) & ~jnp.eye(labels_N.shape[0], dtype=bool)
+  pair &= jnp.any(log_weights > -jnp.inf, axis=1, keepdims=True)
+  count = jnp.maximum(jnp.sum(pair), 1)
+
+  def of_stage(stage):
+    rows = _unit(jnp.mean(stage, (1, 2)))
+    # The small number keeps the root's gradient finite where two samples are the same.
+    distance = jnp.sqrt(jnp.maximum(2 - 2 * rows @ rows.T, 0.0) + 1e-8)
+    gap = distance - jnp.take_along_axis(distance, drawn, axis=1)
+    return jnp.sum(jnp.where(pair, jax.nn.relu((-gap if swapped else gap) + margin), 0.0)) / count
+
+  return sum(of_stage(stage) for stage in stages)
+
+
 def bn_statistics(moments, running):
   """Distance between what the teacher's batch norm layers see and what they saw in training, ().
 
@@ -173,6 +309,16 @@ def bn_statistics(moments, running):
   for layer, seen in moments.items():
     total += _l2(seen["mean"] - running[layer]["mean"]) + _l2(seen["var"] - running[layer]["var"])
   return jnp.asarray(total)
+
+
+def _kl_each(teacher_logits_NC, student_logits_NC, temperature=1.0):
+  log_q = jax.nn.log_softmax(teacher_logits_NC / temperature)
+  log_p = jax.nn.log_softmax(student_logits_NC / temperature)
+  return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+
+
+def _unit(rows_ND):
+  return rows_ND / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(rows_ND), axis=-1, keepdims=True), 1e-24))
 
 
 def _l2(x):

@@ -126,17 +126,27 @@ def replicated(mesh):
 
 def everywhere(tree, mesh):
   """Puts a tree of arrays, the same on all processes, on every device of the mesh."""
+  return place(tree, replicated(mesh))
 
-  def place(x):
+
+def place(tree, shardings):
+  """Puts a tree of arrays, the same on all processes, where a sharding or a tree of them (or of prefixes) says."""
+
+  def put(x, sharding):
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-    return jax.device_put(x, replicated(mesh))
+      return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
 
-  return jax.tree.map(place, tree)
+  return jax.tree.map(lambda sharding, part: jax.tree.map(lambda x: put(x, sharding), part), shardings, tree)
 
 
 def split_batch(mesh):
-  return NamedSharding(mesh, PartitionSpec("data"))
+  return along(mesh, 0)
+
+
+def along(mesh, axis):
+  """The sharding that splits arrays over the devices along one axis."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def check_divisible(mesh, what, batch_size):

@@ -6,9 +6,12 @@ import numpy as np
 import optax
 
 
-def generator_optimiser(config, steps_per_epoch):
-  """Adam with the config's schedule; under `fresh_adam` it never acts, as each step's Adam is at its first."""
-  c, epochs = config.generator, config.schedule.epochs
+def generator_optimiser(config, steps_per_epoch, epochs=None):
+  """Adam with the config's schedule over `epochs` (of the run, or one for a generator that starts afresh so often).
+
+  Under `fresh_adam` the schedule never acts, as each step's Adam is at its first.
+  """
+  c, epochs = config.generator, epochs or config.schedule.epochs
   if config.quirks.fresh_adam:
     lr = c.lr
   elif c.schedule == "cosine":

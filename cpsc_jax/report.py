@@ -22,10 +22,13 @@ def draw(workdir, results):
   draw_curves(workdir / "curves.png", json.loads((workdir / "history.json").read_text()), results)
   if results["generator"]:
     fidelity = results["generator"]["label_fidelity_per_class"]
-    title = f"{results['name']}, {results['arm']}, seed {results['seed']}: fresh samples\nrow: class and label fidelity"
+    kind = "samples of the pool" if "pool" in results["generator"] else "fresh samples"
+    told = "row: class and label fidelity" if fidelity else "the generator knows no classes"
+    title = f"{results['name']}, {results['arm']}, seed {results['seed']}: {kind}\n{told}"
     with np.load(workdir / "samples.npz") as samples:
-      rows = [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)]
-      draw_samples(workdir / "samples.png", samples["images"], rows, title)
+      images = samples["images"]
+      rows = [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)] if fidelity else [""] * len(images)
+      draw_samples(workdir / "samples.png", images, rows, title)
 
 
 def draw_samples(path, images, rows, title):
@@ -108,7 +111,8 @@ def print_table(results):
       label, student["net"], f"{student['parameters']:,}", f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}"
     )
   if generator:
-    fidelity = f"label fidelity {generator['label_fidelity']:.3f}"
+    known = generator["label_fidelity"] is not None
+    fidelity = f"label fidelity {generator['label_fidelity']:.3f}" if known else "no classes"
     table.add_row("generator", generator["net"], f"{generator['parameters']:,}", fidelity, "")
   console = Console(width=None if Console().is_terminal else 110)
   console.print(table)

@@ -40,6 +40,8 @@ def sample(workdir, classes, per_class, seed, out):
     if not generator.is_generator:
       raise Refusal(f"{workdir} holds a {generator.card['net']}, not a generator.")
     card = generator.card
+    if classes is not None and not card.get("conditional", True):
+      raise Refusal(f"the generator in {workdir} knows no classes; leave --classes out.")
     classes = range(card["num_classes"]) if classes is None else classes
     for label in classes:
       if not 0 <= label < card["num_classes"]:
@@ -48,7 +50,7 @@ def sample(workdir, classes, per_class, seed, out):
     if kind == ".npz":
       np.savez(scratch, images=images, labels=np.asarray(classes))
     else:
-      names = saved.class_names(card)
+      names = saved.class_names(card) if card.get("conditional", True) else [""] * card["num_classes"]
       title = f"{card['net']} generator, seed {seed}: fresh samples"
       report.draw_samples(scratch, images, [names[label] for label in classes], title)
   say(f"{out}: {per_class} samples of each of {len(classes)} classes")

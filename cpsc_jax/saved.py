@@ -54,6 +54,11 @@ def find(workdir, which=None, default="student"):
     return pathlib.Path(config["teacher"]["checkpoint"])
   if which == "generator" and config["arm"] in ("real_kd", "real_labels"):
     raise Refusal(f"the run in {workdir} has no generator: its arm is '{config['arm']}', not 'distill'.")
+  if which == "generator" and not (workdir / which).exists():
+    raise Refusal(
+      f"the run in {workdir} keeps no generator: its method starts one afresh for every batch. What was drawn is in"
+      f" {workdir / 'pool.npz'} and samples.png."
+    )
   return workdir / which
 
 
@@ -89,6 +94,7 @@ def rebuild(card):
   classes, size, channels = card["num_classes"], card["image_size"], card["channels"]
   if card["net"] in nets.GENERATORS:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
+    classes = classes if card.get("conditional", True) else 1  # cards of older runs do not say
     return nets.generator(card["net"], classes, size, channels, card["width"]), (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
 

@@ -36,6 +36,13 @@ POSITIVE = (
   "checkpoint.minutes",
   "loss.temperature",
   "loss.contrast_block",
+  "loss.kd_temperature",
+  "loss.views.temperature",
+  "loss.views.negatives",
+  "loss.views.width",
+  "pool.size",
+  "pool.batch_size",
+  "pool.bank",
 )
 
 
@@ -43,11 +50,13 @@ def as_published(config):
   """Turns on every quirk, and the weights and learning rates of the published code, in place."""
   for quirk in config.quirks:
     config.quirks[quirk] = True
-  config.loss.generator.update({"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7})
-  config.loss.student.update({"kd": 1.0, "l2": 5.0, "ce": 0.7, "head": 0.0})
-  config.loss.temperature, config.loss.confidence = 0.07, 1.0
+  generator = {"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7}
+  student = {"kd": 1.0, "l2": 5.0, "ce": 0.7}
+  for section, weights in ((config.loss.generator, generator), (config.loss.student, student)):
+    section.update({**dict.fromkeys(section, 0.0), **weights})
+  config.loss.temperature, config.loss.confidence, config.loss.kd_temperature = 0.07, 1.0, 1.0
   config.loss.ikd_form = "log" if config.dataset.name == "cifar10" else "mse"
-  config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999})
+  config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999, "conditional": True, "crop_pad": 0, "flip": False})
   config.student.update({"crop_pad": 0, "flip": False, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
 
 
@@ -58,6 +67,8 @@ def resolve(config, mesh):
     Refusal: names the key and the mend.
   """
   config = ml_collections.ConfigDict(config.to_dict())
+  if config.reference and config.method != "cpsc":
+    raise Refusal(f"config.reference is CPSC-DFKD's; leave it False for method '{config.method}'.")
   if config.reference:
     as_published(config)
   if config.quirks.half_precision:
@@ -74,8 +85,16 @@ def resolve(config, mesh):
   nets.classifier(config.student.net, spec.num_classes)
   nets.generator(config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width)
   check_divisible(mesh, "config.schedule.batch_size", config.schedule.batch_size)
-  if config.student.flip and not spec.photographs:
-    raise Refusal(f"config.student.flip must be False for '{config.dataset.name}': its classes do not survive a flip.")
+  method = methods.method(config)
+  if method.inverts:
+    check_pool(config, method, mesh)
+  elif config.generator.net == "pixels":
+    raise Refusal(f"config.generator.net 'pixels' has nothing to train; method '{config.method}' needs a generator.")
+  for player in ("student", "generator"):
+    if config[player].flip and not spec.photographs:
+      raise Refusal(
+        f"config.{player}.flip must be False for '{config.dataset.name}': its classes do not survive a flip."
+      )
   if "train" not in spec.sizes and not config.teacher.checkpoint:
     raise Refusal(
       f"data set '{config.dataset.name}' has no training split to train a teacher on; name a trained one in"
@@ -96,6 +115,47 @@ def resolve(config, mesh):
         f"config.teacher.flip must be False for '{config.dataset.name}': its classes do not survive a flip."
       )
   return ml_collections.FrozenConfigDict(config)
+
+
+def check_pool(config, method, mesh):
+  """Raises a Refusal unless the section `pool` makes sense for a method that inverts."""
+  batch = config.pool.batch_size
+  check_divisible(mesh, "config.pool.batch_size", batch)
+  for key in ("size", "bank") if method.critic else ("size",):
+    if config.pool[key] % batch:
+      raise Refusal(
+        f"config.pool.{key} is {config.pool[key]}; set it to a multiple of config.pool.batch_size, {batch}."
+      )
+  if method.critic and config.loss.views.negatives > config.pool.bank:
+    raise Refusal(
+      f"config.loss.views.negatives is {config.loss.views.negatives}; the bank holds {config.pool.bank}: draw no more,"
+      " or enlarge config.pool.bank."
+    )
+
+
+def check_stages(config, teacher):
+  """Raises a Refusal unless the terms that compare stages can compare those of a teacher net, by name, and the student.
+
+  Stages must be as many for `channel` and of the same size for `attention`; `activation` needs unscaled features.
+  """
+  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
+  shapes = lambda name: nets.output_shapes(nets.classifier(name, spec.num_classes), spec.image_shape)
+  ours, theirs = shapes(config.student.net), shapes(teacher)
+  sides = lambda output: [stage.shape[1:3] for stage in output.stages]
+  for term, fit in (
+    ("channel", len(ours.stages) == len(theirs.stages)),
+    ("attention", sides(ours) == sides(theirs)),
+  ):
+    if config.loss.student[term] and not fit:
+      raise Refusal(
+        f"config.loss.student.{term} compares stages, and those of {config.student.net} {sides(ours)} do not match"
+        f" those of {teacher} {sides(theirs)}; set it to 0 or choose another config.student.net."
+      )
+  if config.loss.generator.activation and theirs.pooled is None:
+    raise Refusal(
+      f"config.loss.generator.activation needs `Output.pooled`, which {teacher} does not give; build its output by"
+      " nets.outputs or set the weight to 0."
+    )
 
 
 def override(config, key, value):

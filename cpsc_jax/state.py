@@ -19,12 +19,16 @@ class Output:
     stages: feature maps (N, H, W, K) at the end of each stage, first stage first.
     head_features: `features` with everything below a feature head detached, so that a loss on it trains the head
       alone; None without a head.
+    pooled: (N, D), the features before they were scaled, where the net tells.
+    projected: per stage (N, K), its spatial average at the width of the teacher's stage; None without projections.
   """
 
   logits: jax.Array
   features: jax.Array
   stages: tuple[jax.Array, ...]
   head_features: jax.Array | None = None
+  pooled: jax.Array | None = None
+  projected: tuple[jax.Array, ...] | None = None
 
 
 @struct.dataclass
@@ -55,7 +59,7 @@ class DistillState:
     key: the run's PRNG key; steps fold their number into it and never change it.
     generator: its TrainState.
     student: its TrainState; the parameters of a feature head are among its parameters.
-    memory: an image pool or a bank, for methods that have one; empty otherwise.
+    memory: the image pool and the batch in the making, for methods that invert (cpsc_jax.pool); empty otherwise.
   """
 
   step: jax.Array
@@ -89,6 +93,10 @@ class View:
     teacher, student: their `Output` on the batch.
     moments: per batch norm layer of the teacher, the batch mean and biased variance of its input; empty unless asked
     for. running: the teacher's running mean and variance of the same layers, same keys.
+    images: (N, H, W, K) as the generator drew them, before any crop or flip.
+    key: for terms that draw at random.
+    bank: (M, D) what the method's critic saw of earlier batches, and its fill counter (); None without a critic.
+    teach: images -> the teacher's `Output`. criticise: (N, D) -> the critic's output. Both for the generator's terms.
   """
 
   labels: jax.Array
@@ -96,6 +104,11 @@ class View:
   student: Output
   moments: Tree = struct.field(default_factory=dict)
   running: Tree = struct.field(default_factory=dict)
+  images: jax.Array | None = None
+  key: jax.Array | None = None
+  bank: Tree = None
+  teach: Any = struct.field(pytree_node=False, default=None)
+  criticise: Any = struct.field(pytree_node=False, default=None)
 
 
 def step_counter():

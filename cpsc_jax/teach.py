@@ -104,14 +104,14 @@ def real_arm(config, game, teacher_variables, card):
   data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(game.mesh))
   update = label_update(game.student, game.student_tx)
   if config.arm == "real_kd":
-    update = lambda state, x, y: algorithm.student_update(game, teacher_variables, state, x, y)
+    update = lambda state, x, y, key: algorithm.student_update(game, teacher_variables, state, x, y, key)
   start = algorithm.initial_state(game, config.seed, spec.image_shape)
   state = SupervisedState(start.step, start.key, start.student)
   prepare = preparation(config.teacher, spec, card["mean"], card["std"])
   epoch = compile_epoch_on_data(
     {"student": update}, prepare, game.batch_size, config.schedule.iterations * game.student_steps, game.mesh
   )
-  return lambda state: epoch(state, data.images, data.labels), state
+  return lambda state: epoch(state, data.images, data.labels), everywhere(state, game.mesh)
 
 
 def preparation(c, spec, mean, std):
@@ -121,9 +121,9 @@ def preparation(c, spec, mean, std):
 
 
 def label_update(net, tx, label_smoothing=0.0):
-  """(TrainState, x, y) -> (TrainState, terms): one update by cross-entropy on the labels."""
+  """(TrainState, x, y, key) -> (TrainState, terms): one update by cross-entropy on the labels."""
 
-  def update(state, x, y):
+  def update(state, x, y, _):
     def loss(params):
       out, stats = nets.forward(net, {"params": params, "batch_stats": state.batch_stats}, x, train=True)
       return losses.cross_entropy(out.logits, y, label_smoothing=label_smoothing), stats
@@ -137,8 +137,8 @@ def label_update(net, tx, label_smoothing=0.0):
 def compile_epoch_on_data(update, prepare, batch_size, steps, mesh):
   """(state, images, labels) -> (state, terms): `steps` updates on shuffled batches of resident data, one program.
 
-  `update` is {player: (TrainState, x, y) -> (TrainState, terms)} with one entry; `prepare` is (key, uint8 images) -> x.
-  The order runs through whole permutations of the data, as many as the steps take.
+  `update` is {player: (TrainState, x, y, key) -> (TrainState, terms)} with one entry; `prepare` is (key, uint8 images)
+  -> x. The order runs through whole permutations of the data, as many as the steps take.
   """
   ((player, step_on),) = update.items()
 
@@ -149,7 +149,7 @@ def compile_epoch_on_data(update, prepare, batch_size, steps, mesh):
     def step(net, inputs):
       key, rows = inputs
       x, y = jax.lax.with_sharding_constraint((images[rows], labels[rows]), split_batch(mesh))
-      return step_on(net, prepare(key, x), y)
+      return step_on(net, prepare(key, x), y, key)
 
     net, terms = jax.lax.scan(step, state.net, (jax.random.split(key_steps, steps), order))
     return state.replace(net=net).tick(), {player: terms}

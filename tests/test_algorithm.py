@@ -135,7 +135,7 @@ def test_two_short_epochs_equal_one_long():
 def test_labels_are_uniform_and_latents_normal():
   game, _, _ = make_game()
   game = dataclasses.replace(game, batch_size=20000)
-  z, y = algorithm.draw(game, jax.random.key(0))
+  z, y = algorithm.draw(game, jax.random.key(0), game.batch_size)
   counts = np.bincount(y, minlength=10)
   assert counts.size == 10 and np.all(np.abs(counts - 2000) < 200)
   assert abs(float(z.mean())) < 0.02 and abs(float(z.std()) - 1) < 0.02
@@ -158,7 +158,7 @@ def test_quirk_fresh_adam():
 def test_quirk_latent_step_changes_nothing_that_is_kept():
   game, teacher, state = make_game(fresh_adam=True)
   quirky, *_ = make_game(fresh_adam=True, latent_step=True)
-  z, y = algorithm.draw(game, jax.random.key(2))
+  z, y = algorithm.draw(game, jax.random.key(2), game.batch_size)
   plain, _ = jax.jit(lambda s: algorithm.generator_update(game, teacher, s, z, y))(state)
   moved, aux = jax.jit(lambda s: algorithm.generator_update(quirky, teacher, s, z, y))(state)
   assert_trees_close(moved.generator.batch_stats, plain.generator.batch_stats, 1e-6)
@@ -213,7 +213,7 @@ def test_quirk_hundred_labels():
 def test_generator_gradient_flows_through_teacher_and_student():
   """Each term alone must reach the generator; the adversarial one through both nets."""
   game, teacher, state = make_game()
-  z, y = algorithm.draw(game, jax.random.key(3))
+  z, y = algorithm.draw(game, jax.random.key(3), game.batch_size)
   for name, (_, term) in game.method.generator_terms.items():
     alone = dataclasses.replace(game, method=algorithm.Method({name: (1.0, term)}, {}))
     loss = lambda p, alone=alone: algorithm.generator_loss(alone, teacher, state, y)({"params": p, "latent": z})[0]

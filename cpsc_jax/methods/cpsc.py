@@ -28,7 +28,7 @@ def method(config, train_head=False, split=None, whole=None):
     "ce": (g.ce, lambda v: losses.cross_entropy_until_confident(v.teacher.logits, v.labels, confidence, double)),
   }
   student_terms = {
-    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits)),
+    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits, config.loss.kd_temperature)),
     "l2": (s.l2, lambda v: losses.ikd_student(v.teacher.logits, v.student.logits, form)),
     "ce": (s.ce, lambda v: losses.cross_entropy(v.student.logits, v.labels, double)),
     "head": (s.head if train_head else 0.0, lambda v: contrast(v.student.head_features, v)),

@@ -10,8 +10,8 @@ from clu import parameter_overview
 
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
-from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator
-from cpsc_jax.nets.layers import FeatureHead, observe_batch_norm, outputs
+from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator, Pixels
+from cpsc_jax.nets.layers import Critic, FeatureHead, StageProjections, observe_batch_norm, outputs
 from cpsc_jax.nets.mobilenet import MobileNetV2
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
@@ -37,7 +37,7 @@ NETS = {
 
 THIN = {"cifar": CifarResNet, "small": SmallResNet}
 
-GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator}
+GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator, "pixels": Pixels}
 
 
 def classifier(name, num_classes, dtype=None):
@@ -74,7 +74,7 @@ def generator(name, num_classes, image_size, channels, width, dtype=None):
     raise Refusal(f"no generator '{name}'; choose one of {', '.join(GENERATORS)}{suggestion(name, GENERATORS)}.")
   kind = GENERATORS[name]
   if image_size % kind.divisor:
-    fitting = [n for n, g in GENERATORS.items() if image_size % g.divisor == 0]
+    fitting = [n for n, g in GENERATORS.items() if g is not Pixels and image_size % g.divisor == 0]
     raise Refusal(
       f"generator '{name}' needs an image size divisible by {kind.divisor}, not {image_size}"
       + (f"; '{fitting[0]}' fits." if fitting else ".")
@@ -110,13 +110,18 @@ def forward_observed(net, variables, x):
 def init(net, key, *inputs):
   """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly."""
   variables = jax.jit(lambda k: net.init(k, *inputs, train=True))(key)
-  return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+  return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+
+
+def output_shapes(net, image_shape):
+  """The `Output` of two images of that shape, as shapes; nothing is computed."""
+  output = lambda key, x: net.init_with_output(key, x, train=False)[0]
+  return jax.eval_shape(output, jax.random.key(0), jnp.zeros((2, *image_shape)))
 
 
 def feature_width(net, image_shape):
   """D of the net's features (N, D) on images of that shape; nothing is computed."""
-  shape = lambda key, x: net.init_with_output(key, x, train=False)[0].features
-  return jax.eval_shape(shape, jax.random.key(0), jnp.zeros((2, *image_shape))).shape[-1]
+  return output_shapes(net, image_shape).features.shape[-1]
 
 
 def has_batch_norm(net, image_shape):
@@ -130,10 +135,10 @@ def count_parameters(params):
 
 
 def without_head(net, variables):
-  """(net, variables) of the classifier alone: what is deployed has no feature head."""
-  if not isinstance(net, FeatureHead):
-    return net, variables
-  return net.net, {collection: tree["net"] if tree else {} for collection, tree in variables.items()}
+  """(net, variables) of the classifier alone: what is deployed has no feature head and no projections."""
+  while isinstance(net, FeatureHead | StageProjections):
+    net, variables = net.net, {collection: tree["net"] if tree else {} for collection, tree in variables.items()}
+  return net, variables
 
 
 def _at(tree, path):
@@ -144,7 +149,9 @@ def _at(tree, path):
 
 __all__ = [
   "NETS",
+  "Critic",
   "FeatureHead",
+  "StageProjections",
   "classifier",
   "count_parameters",
   "feature_width",
@@ -153,6 +160,7 @@ __all__ = [
   "generator",
   "has_batch_norm",
   "init",
+  "output_shapes",
   "outputs",
   "without_head",
 ]

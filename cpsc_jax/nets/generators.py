@@ -1,4 +1,7 @@
-"""Class-conditional generators: every normalisation is a `CategoricalBatchNorm`, so the label enters everywhere."""
+"""Class-conditional generators: every normalisation is a `CategoricalBatchNorm`, so the label enters everywhere.
+
+With one class they are unconditional. `Pixels` is for methods that optimise images directly.
+"""
 
 from typing import Any
 
@@ -77,6 +80,29 @@ class DCGANGenerator(nn.Module):
       x = nn.leaky_relu(cbn(x, 0.8, f"cbn{index}"), SLOPE)
     x = conv(self.channels, use_bias=True, dtype=self.dtype, init=normal, name="conv5")(x)
     return nn.tanh(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+
+class Pixels(nn.Module):
+  """(latent (N, H H channels), labels) -> the same numbers as images (N, H, H, channels): no parameters.
+
+  Optimising its latent is optimising pixels (DeepInversion).
+  """
+
+  num_classes: int
+  image_size: int
+  channels: int = 3
+  width: int = 64
+  dtype: Any = None
+
+  divisor = 1
+
+  @property
+  def latent_dim(self):
+    return self.image_size**2 * self.channels
+
+  @nn.compact
+  def __call__(self, z, labels, train: bool):
+    return z.reshape(-1, self.image_size, self.image_size, self.channels)
 
 
 def _conv(features, fan_in, dtype, name):

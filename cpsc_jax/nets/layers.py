@@ -100,7 +100,7 @@ class CategoricalBatchNorm(_Normalise):
 
   Normalises (N, ..., K) with batch statistics and no affine part, then scales and shifts every channel with rows of two
   embedding tables looked up by the label: `scale` and `bias`, (num_classes, K), starting at ones and zeros. Running
-  statistics are updated as in `BatchNorm`.
+  statistics are updated as in `BatchNorm`. With one class it is a plain batch norm, whatever the labels.
   """
 
   num_classes: int = 10
@@ -111,6 +111,7 @@ class CategoricalBatchNorm(_Normalise):
   def __call__(self, x, labels_N, train: bool):
     table = (self.num_classes, x.shape[-1])
     spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
+    labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
     scale = self.param("scale", nn.initializers.ones, table)[labels_N].reshape(spread)
     bias = self.param("bias", nn.initializers.zeros, table)[labels_N].reshape(spread)
     return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
@@ -140,6 +141,35 @@ class FeatureHead(nn.Module):
     return out.replace(features=head(out.features), head_features=head(jax.lax.stop_gradient(out.features)))
 
 
+class Critic(nn.Module):
+  """(N, D) -> (N, features) of unit length: the two-layer head under which CMI compares views."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    width = x.shape[-1]
+    return unit(linear(self.features, width, name="second")(nn.relu(linear(width, width, name="first")(x))))
+
+
+class StageProjections(nn.Module):
+  """A classifier that also projects the spatial average of every stage to a width of the teacher's, linearly.
+
+  That is a 1x1 convolution before the average. Logits, features and stages stay the network's own.
+  """
+
+  net: nn.Module
+  widths: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    out = self.net(x, train)
+    means = [jnp.mean(stage, (1, 2)).astype(jnp.float32) for stage in out.stages]
+    pairs = enumerate(zip(means, self.widths, strict=True))
+    projected = tuple(linear(width, mean.shape[-1], name=f"stage_{i}")(mean) for i, (mean, width) in pairs)
+    return out.replace(projected=projected)
+
+
 def unit(features_ND):
   """Rows scaled to unit L2 norm; rows shorter than 1e-12 are divided by 1e-12, as PyTorch does."""
   x = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
@@ -158,7 +188,8 @@ def classify(features_ND, stages, num_classes, name):
   Called inside a module's compact scope.
   """
   wide = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
-  return Output(linear(num_classes, wide.shape[-1], name=name)(wide), unit(features_ND), tuple(stages))
+  logits = linear(num_classes, wide.shape[-1], name=name)(wide)
+  return Output(logits, unit(features_ND), tuple(stages), pooled=wide)
 
 
 def upsample(x, factor=2):

@@ -1,0 +1,26 @@
+"""python -m cpsc_jax.main --config configs/dafl_cifar10.py
+
+DAFL on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark. Published there (best epoch, teacher
+94.87 %): 65.71 %; WRN-40-1 81.33 %, WRN-16-2 81.55 %, ResNet-34 -> ResNet-18 92.22 %. Accuracy of this code: not
+measured.
+"""
+
+from cpsc_jax.configs import default, family
+
+
+def get_config(variant=""):
+  return family.build("dafl", variant, published, on_digits)
+
+
+def published(c):
+  c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
+  c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 80, 256
+  c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "milestones": ()})
+  c.student.update({"steps": 5, "warmup_epochs": 0, "weight_decay": 1e-4})
+  c.loss.kd_temperature = 20.0
+  default.weigh(c, generator={"one_hot": 1.0, "activation": 0.1, "balance": 20.0}, student={"kd": 1.0})
+
+
+def on_digits(c):
+  c.schedule.epochs, c.schedule.iterations = 75, 40
+  c.student.steps = 2

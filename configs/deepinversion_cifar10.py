@@ -1,0 +1,32 @@
+"""python -m cpsc_jax.main --config configs/deepinversion_cifar10.py
+
+DeepInversion with its adaptive term on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark.
+Published there (best epoch, teacher 94.87 %): 83.04 %; WRN-40-1 86.85 %, WRN-16-2 89.72 %, ResNet-34 -> ResNet-18
+93.26 %. Accuracy of this code: not measured. Two things differ from the published code: images are jittered by random
+crops, not by rolls, and pixels are not clipped to the range of colours.
+"""
+
+from cpsc_jax.configs import default, family
+
+
+def get_config(variant=""):
+  return family.build("deepinversion", variant, published, on_digits)
+
+
+def published(c):
+  c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
+  c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 1, 256
+  c.pool.size, c.pool.batch_size = 51200, 256
+  c.generator.update(
+    {"net": "pixels", "steps": 1000, "lr": 0.1, "b2": 0.99, "crop_pad": 4, "flip": True, "milestones": ()}
+  )
+  c.student.update({"steps": 400, "warmup_epochs": 0, "weight_decay": 1e-4, "crop_pad": 4, "flip": True})
+  c.loss.kd_temperature = 20.0
+  default.weigh(c, generator={"ce": 1.0, "bn": 10.0, "variation": 1e-5, "adversarial": 1.0}, student={"kd": 1.0})
+
+
+def on_digits(c):
+  c.schedule.epochs, c.schedule.iterations = 40, 2
+  c.pool.size, c.pool.batch_size = 5120, 64
+  c.generator.steps, c.generator.crop_pad = 40, 1
+  c.student.steps = 60

@@ -1,0 +1,26 @@
+"""python -m cpsc_jax.main --config configs/dfad_cifar10.py
+
+DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code, but for the student's learning
+rate: a cosine here, steps at epochs 100 and 200 there. Its README gives figures as a picture only; they are not known
+here. Accuracy of this code: not measured.
+"""
+
+from cpsc_jax.configs import default, family
+
+
+def get_config(variant=""):
+  return family.build("dfad", variant, published, on_digits)
+
+
+def published(c):
+  c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 500, 50, 256
+  c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "b1": 0.9, "milestones": (100, 200)})
+  c.student.update({"steps": 5, "warmup_epochs": 0})
+  c.quirks.student_trains_in_generator_step = True
+  default.weigh(c, generator={"adversarial": 1.0}, student={"l1": 1.0})
+
+
+def on_digits(c):
+  c.schedule.epochs, c.schedule.iterations = 75, 40
+  c.generator.milestones = ()
+  c.student.steps = 2
