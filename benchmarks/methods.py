@@ -46,7 +46,7 @@ def rows(config):
 
 
 def run(config, flags, workdir, cores):
-  """Runs or resumes one row in a process of its own that keeps to `cores`; a Refusal with its last words if it fails."""
+  """Runs or resumes one row in a process of its own that keeps to `cores`; a Refusal if it fails."""
   if (workdir / "results.json").exists():
     return
   command = [sys.executable, "-m", "cpsc_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
