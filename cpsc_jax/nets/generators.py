@@ -18,7 +18,8 @@ class CifarGenerator(nn.Module):
   4.
 
   Generator "D" of the published CPSC-DFKD code: two nearest-neighbour upsamplings with 3x3 convolutions. The last
-  categorical batch norm follows the tanh, so the output is not bounded by 1.
+  categorical batch norm follows the tanh, so the output is not bounded by 1. With one class it has no scale and no bias,
+  as in DFAD's generator: an adversary would stretch the contrast without end.
   """
 
   num_classes: int
@@ -31,14 +32,16 @@ class CifarGenerator(nn.Module):
 
   @nn.compact
   def __call__(self, z, labels, train: bool):
-    cbn = lambda x, name: CategoricalBatchNorm(num_classes=self.num_classes, name=name)(x, labels, train)
+    cbn = lambda x, name, affine=True: CategoricalBatchNorm(num_classes=self.num_classes, affine=affine, name=name)(
+      x, labels, train
+    )
     side, wide, narrow = self.image_size // 4, 2 * self.width, self.width
     x = linear(wide * side * side, z.shape[-1], dtype=self.dtype, name="project")(z)
     x = cbn(x.reshape(-1, side, side, wide), "cbn0")
     x = nn.leaky_relu(cbn(_conv(wide, wide, self.dtype, "conv1")(upsample(x)), "cbn1"), SLOPE)
     x = nn.leaky_relu(cbn(_conv(narrow, wide, self.dtype, "conv2")(upsample(x)), "cbn2"), SLOPE)
     x = nn.tanh(_conv(self.channels, narrow, self.dtype, "conv3")(x))
-    return cbn(x.astype(jnp.promote_types(x.dtype, jnp.float32)), "cbn3")
+    return cbn(x.astype(jnp.promote_types(x.dtype, jnp.float32)), "cbn3", affine=self.num_classes > 1)
 
 
 class DCGANGenerator(nn.Module):

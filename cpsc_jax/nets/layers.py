@@ -100,17 +100,21 @@ class CategoricalBatchNorm(_Normalise):
 
   Normalises (N, ..., K) with batch statistics and no affine part, then scales and shifts every channel with rows of two
   embedding tables looked up by the label: `scale` and `bias`, (num_classes, K), starting at ones and zeros. Running
-  statistics are updated as in `BatchNorm`. With one class it is a plain batch norm, whatever the labels.
+  statistics are updated as in `BatchNorm`. With one class it is a plain batch norm, whatever the labels; without
+  `affine` it only normalises.
   """
 
   num_classes: int = 10
   epsilon: float = 1e-3
   dtype: Any = None
+  affine: bool = True
 
   @nn.compact
   def __call__(self, x, labels_N, train: bool):
     table = (self.num_classes, x.shape[-1])
     spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
+    if not self.affine:
+      return self.normalise(x, train).astype(self.dtype or x.dtype)
     labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
     scale = self.param("scale", nn.initializers.ones, table)[labels_N].reshape(spread)
     bias = self.param("bias", nn.initializers.zeros, table)[labels_N].reshape(spread)
