@@ -132,19 +132,19 @@ def start_afresh(game):
     key_g, key_z = jax.random.split(key)
     z, y = draw(game, key_z, game.pool_batch)
     generator = train_state(nets.init(game.generator, key_g, z, y), game.generator_tx)
-    state = state.replace(generator=generator)
+    state = state.replace(generator=same_types(generator, state.generator))
     x, _ = imagine(game, state, z, y)
-    draft = {
-      **state.memory["draft"],
-      "latent": z,
-      "labels": y,
-      "latent_state": game.generator_tx.init(z),
-      "loss": jnp.full((), jnp.inf),
-      "images": x,
-    }
+    latent_state = game.generator_tx.init(z)
+    new = {"latent": z, "labels": y, "latent_state": latent_state, "loss": jnp.array(jnp.inf), "images": x}
+    draft = state.memory["draft"]
+    draft = {**draft, **same_types(new, {name: draft[name] for name in new})}
     return state.replace(memory={**state.memory, "draft": draft})
 
   return begin
+
+
+def same_types(tree, like):
+  return jax.tree.map(lambda new, old: new.astype(old.dtype), tree, like)
 
 
 def inversion_step(game, teacher):

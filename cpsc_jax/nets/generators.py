@@ -18,7 +18,7 @@ class CifarGenerator(nn.Module):
   4.
 
   Generator "D" of the published CPSC-DFKD code: two nearest-neighbour upsamplings with 3x3 convolutions. The last
-  categorical batch norm follows the tanh, so the output is not bounded by 1. With one class it has no scale and no bias,
+  categorical batch norm follows the tanh, so the output is not bounded by 1. With one class it has no scale and bias,
   as in DFAD's generator: an adversary would stretch the contrast without end.
   """
 
