@@ -21,6 +21,7 @@ def published(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 75, 40
-  c.generator.milestones = ()
-  c.student.steps = 2
+  c.schedule.epochs, c.schedule.iterations = 30, 20
+  c.generator.update({"latent_dim": 64, "lr": 2e-4, "milestones": ()})
+  c.student.steps = 5
+  c.quirks.student_trains_in_generator_step = False
