@@ -1,7 +1,13 @@
 """Fixtures shared by all tests; everything runs on the CPU unless JAX is told otherwise."""
 
+import fcntl
 import os
 import pathlib
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # a worker and its child processes keep to their share of the cores
+  share = str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+  os.environ.setdefault("NPROC", share)  # heeded by XLA, and read when JAX is first used
+  os.environ.setdefault("OMP_NUM_THREADS", share)
 
 import jax
 import numpy as np
@@ -44,29 +50,48 @@ def dtype(request):
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-  """A data directory with the digits prepared."""
-  from cpsc_jax import datasets
+def common(tmp_path_factory):
+  """The session's folder that all pytest workers share."""
+  own = tmp_path_factory.getbasetemp()
+  return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-  directory = str(tmp_path_factory.mktemp("data"))
-  datasets.require("digits", directory)
-  return directory
+
+def made_once(path, make):
+  """`path`, after `make` has filled it: by the worker that needs it first, while the others wait."""
+  done = path.with_name(f"{path.name}.done")
+  with path.with_name(f"{path.name}.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      make()
+      done.touch()
+  return path
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, digits_dir):
+def digits_dir(common):
+  """A data directory with the digits prepared."""
+  from cpsc_jax import datasets
+
+  path = common / "data"
+  return str(made_once(path, lambda: datasets.require("digits", str(path))))
+
+
+@pytest.fixture(scope="session")
+def finished(common, digits_dir):
   """The working directory of a finished run; tests leave it as it is."""
   from cpsc_jax.main import main
 
-  workdir = tmp_path_factory.mktemp("runs") / "smoke"
-  assert main(command(workdir, digits_dir)) == 0
-  return workdir
+  def run():
+    assert main(command(path, digits_dir)) == 0
+
+  path = common / "smoke"
+  return made_once(path, run)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-  """Programs compiled once serve all tests, child processes included."""
-  folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+def compile_cache(common):
+  """Programs compiled once serve all tests, workers and child processes."""
+  folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(common / "compiled"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

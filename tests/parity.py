@@ -1,10 +1,12 @@
 """Helpers of the parity tests: reading reference arrays, and the two measures of closeness."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import nets
+from cpsc_jax import algorithm, nets
 
 
 def nhwc(x):
@@ -46,6 +48,16 @@ def assert_trees_close(ours, theirs, limit, skip=()):
     name = jax.tree_util.keystr(path)
     if not any(word in name for word in skip):
       assert_close(leaf, theirs[path], limit, name)
+
+
+def weighed(game, weights):
+  """The game with its generator's terms weighed by {name: number}, where an argument of a program may stand.
+
+  So one program serves each term alone and all together.
+  """
+  scaled = lambda name, term: lambda view: weights[name] * term(view)
+  terms = {name: (1.0, scaled(name, term)) for name, (_, term) in game.method.generator_terms.items()}
+  return dataclasses.replace(game, method=algorithm.Method(terms, {}))
 
 
 def jitted_forward(net, train):

@@ -5,14 +5,16 @@ gradients through deep ReLU nets, in which a few units flip with rounding.
 """
 
 import dataclasses
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
-from parity import assert_close, assert_trees_close, cast, jitted_forward, nhwc, section, shapes
+from parity import assert_close, assert_trees_close, cast, jitted_forward, nhwc, section, shapes, weighed
 
 from cpsc_jax import algorithm, convert, losses, nets, optim
 from cpsc_jax.mesh import make_mesh
@@ -210,9 +212,35 @@ def test_learning_rates(golden, epochs):
 
 # A full iteration: two generator steps G0, G1, then two student steps S0, S1, with every quirk but half precision.
 
+
+def generator_update(game, teacher, state, z, y):
+  return algorithm.generator_update(game, teacher, state, z, y)
+
+
+def latent_gradient(game, weights, teacher, state, z, y):
+  """d L_G / dz, the terms weighed by `weights`."""
+  loss = algorithm.generator_loss(weighed(game, weights), teacher, state, y)
+  return jax.grad(lambda z: loss({"params": state.generator.params, "latent": z})[0])(z)
+
+
+def student_update(game, teacher, state, z, y):
+  x, imagined = algorithm.imagine(game, state, z, y)
+  _, aux = algorithm.student_loss(game, teacher, state.student, x, y)(state.student.params)
+  student, terms = algorithm.student_update(game, teacher, state.student, x, y)
+  return imagined.replace(student=student), {**aux, "terms": terms}
+
+
+PROGRAMS = (generator_update, latent_gradient, student_update)
+
 # A categorical batch norm follows these biases: their gradient is zero, and rounding decides what sign-like Adam
 # makes of it.
 NO_GRADIENT = ("['conv1']['bias']", "['conv2']['bias']")
+
+
+def recording(tx):
+  """`tx`, with the last gradients in its state: a step's own program hands them out, and none is compiled for them."""
+  keep = optax.GradientTransformation(lambda params: params, lambda grads, state, params=None: (grads, grads))
+  return optax.chain(keep, tx)
 
 
 @pytest.fixture(
@@ -247,6 +275,7 @@ def replay(request, golden, dtype):
   game = distill.build_game(
     config, mesh, nets.classifier(teacher_name, classes), {"net": teacher_name, "num_classes": classes}
   )
+  game = dataclasses.replace(game, generator_tx=recording(game.generator_tx), student_tx=recording(game.student_tx))
   image = jnp.zeros((2, 32, 32, 3))
   latent = jnp.zeros((2, game.latent_dim)), jnp.zeros((2,), jnp.int32)
   like = types.SimpleNamespace(
@@ -269,10 +298,12 @@ def replay(request, golden, dtype):
   return types.SimpleNamespace(
     game=game,
     teacher=teacher,
+    weights={name: weight for name, (weight, _) in game.method.generator_terms.items()},
     state=state,
     init=init,
     result=results,
     drawn=drawn,
+    programs=types.SimpleNamespace(**{step.__name__: jax.jit(functools.partial(step, game)) for step in PROGRAMS}),
     like=like,
     exact=dtype == np.float64,
     dtype=dtype,
@@ -310,15 +341,8 @@ def student_tree(r, prefix):
 def compare_generator_step(r, step, state):
   z, y = r.drawn(step)
   limit, deep = (1e-6, 1e-6) if r.exact else (1e-5, 2e-2)
-  moved = {"params": state.generator.params, "latent": z}
-
-  @jax.jit
-  def run(moved, state):
-    grads, aux = jax.grad(algorithm.generator_loss(r.game, r.teacher, state, y), has_aux=True)(moved)
-    after, update_aux = algorithm.generator_update(r.game, r.teacher, state, z, y)
-    return grads, aux, after, update_aux["latent"]
-
-  grads, aux, after, latent = run(moved, state)
+  after, aux = r.programs.generator_update(r.teacher, state, z, y)
+  gradient = lambda weights: r.programs.latent_gradient(weights, r.teacher, state, z, y)
   compare_terms(r, step, aux["terms"])
   for key, ours in (("t_logit", aux["teacher"].logits), ("s_logit", aux["student"].logits)):
     assert_close(ours, r.result[f"{step}/{key}"], limit, f"{step} {key}")
@@ -327,37 +351,26 @@ def compare_generator_step(r, step, state):
   if step == "G0":
     if not r.exact:  # kept in float32 only
       assert_close(aux["image"], nhwc(r.result["G0/fake"]), limit, "image")
-    terms = r.game.method.generator_terms
-
-    for name in terms:
-      alone = dataclasses.replace(r.game, method=algorithm.Method({name: (1.0, terms[name][1])}, {}))
-      dz, _ = jax.jit(jax.grad(algorithm.generator_loss(alone, r.teacher, state, y), has_aux=True))(moved)
-      assert_close(dz["latent"], r.result[f"G0/dz_term/{NAMES[name]}"].reshape(z.shape), deep, f"dz of {name}")
-  assert_close(grads["latent"], r.result[f"{step}/dz"].reshape(z.shape), deep, f"{step} dz")
+    for name in r.weights:
+      dz = gradient({other: float(other == name) for other in r.weights})
+      assert_close(dz, r.result[f"G0/dz_term/{NAMES[name]}"].reshape(z.shape), deep, f"dz of {name}")
+  assert_close(gradient(r.weights), r.result[f"{step}/dz"].reshape(z.shape), deep, f"{step} dz")
   skip = () if r.exact else NO_GRADIENT
-  assert_trees_close(grads["params"], generator_tree(r, f"{step}/dgen/")["params"], deep, NO_GRADIENT)
+  grads, _ = after.generator.opt_state
+  assert_trees_close(grads, generator_tree(r, f"{step}/dgen/")["params"], deep, NO_GRADIENT)
   assert_trees_close(
     after.generator.params, generator_tree(r, f"{step}/gen_after/")["params"], 1e-6 if r.exact else 2e-2, skip
   )
   if f"{step}/z_after" in r.result:
-    assert_close(latent, r.result[f"{step}/z_after"].reshape(z.shape), 1e-6 if r.exact else 1e-3, "latent after")
+    assert_close(aux["latent"], r.result[f"{step}/z_after"].reshape(z.shape), 1e-6 if r.exact else 1e-3, "latent after")
   return after
 
 
 def compare_student_step(r, step, state):
   z, y = r.drawn(step)
   limit, deep = (1e-6, 1e-6) if r.exact else (1e-5, 2e-2)
-
-  @jax.jit
-  def run(state):
-    x, imagined = algorithm.imagine(r.game, state, z, y)
-    grads, aux = jax.grad(algorithm.student_loss(r.game, r.teacher, state.student, x, y), has_aux=True)(
-      state.student.params
-    )
-    student, _ = algorithm.student_update(r.game, r.teacher, state.student, x, y)
-    return grads, aux, imagined.replace(student=student)
-
-  grads, aux, after = run(state)
+  after, aux = r.programs.student_update(r.teacher, state, z, y)
+  grads = dict(after.student.opt_state[0])
   compare_terms(r, step, aux["terms"])
   assert_close(aux["student"].logits, r.result[f"{step}/s_logit"], limit, f"{step} s_logit")
   if f"{step}/dstudent/conv1.weight" not in r.result and f"{step}/dstudent/model.conv1.weight" not in r.result:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +150,11 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.slow  # failed once, why is not known, in a whole run beside another; passes alone
-def test_a_full_disk_harms_nothing_that_is_saved(small_disk):
+def test_a_full_disk_harms_nothing_that_is_saved(small_disk, monkeypatch):
+  # Orbax gives up at the first file that fails; the threads that write the others then find its event loop closed.
+  # pytest would format each such complaint in its thread, and CPython 3.11's ast.parse, which that takes, fails at
+  # times in several threads at once ("AST constructor recursion depth mismatch").
+  monkeypatch.setattr(sys, "unraisablehook", lambda complaint: None)
   train(plan(small_disk, epochs=2), START)
   (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
   with pytest.raises(Refusal, match="no checkpoint can be written to .*; what was saved before is kept"):
