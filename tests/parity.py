@@ -51,12 +51,12 @@ def assert_trees_close(ours, theirs, limit, skip=()):
 
 
 def weighed(game, weights):
-  """The game with its generator's terms weighed by {name: number}, where an argument of a program may stand.
+  """The game with those of its generator's terms that count weighed by {name: number}, arguments of a program perhaps.
 
   So one program serves each term alone and all together.
   """
   scaled = lambda name, term: lambda view: weights[name] * term(view)
-  terms = {name: (1.0, scaled(name, term)) for name, (_, term) in game.method.generator_terms.items()}
+  terms = {name: (1.0, scaled(name, term)) for name, (weight, term) in game.method.generator_terms.items() if weight}
   return dataclasses.replace(game, method=algorithm.Method(terms, {}))
 
 
