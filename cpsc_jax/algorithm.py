@@ -89,11 +89,10 @@ def invert(begin, g_step, keep, s_step, n_g, n_s):
   """A fresh generator and one fresh batch, n_g updates of both, the best into the pool; n_s student updates from it."""
 
   def iteration(state, _):
-    key, *keys = jax.random.split(jax.random.fold_in(state.key, state.step), 1 + n_g + n_s)
-    keys = jnp.stack(keys)
-    state = begin(state, key)
-    state, g = jax.lax.scan(g_step, state, keys[:n_g])  # min L_G over G and z; S, T fixed
-    state, s = jax.lax.scan(s_step, keep(state), keys[n_g:])  # min L_S over S on the pool; T fixed
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), n_g + n_s + 1)
+    state = begin(state, keys[0])
+    state, g = jax.lax.scan(g_step, state, keys[1 : n_g + 1])  # min L_G over G and z; S, T fixed
+    state, s = jax.lax.scan(s_step, keep(state), keys[n_g + 1 :])  # min L_S over S on the pool; T fixed
     return state.tick(), {"generator": g, "student": s}
 
   return iteration
@@ -152,10 +151,11 @@ def inversion_step(game, teacher):
 
   def step(state, key):
     memory, draft = state.memory, state.memory["draft"]
-    moved = {"params": state.generator.params, "latent": draft["latent"]}
+    z, y = jax.lax.with_sharding_constraint((draft["latent"], draft["labels"]), split_batch(game.mesh))
+    moved = {"params": state.generator.params, "latent": z}
     if game.method.critic:
       moved["critic"] = memory["critic"].params
-    loss = generator_loss(game, teacher, state, draft["labels"], key)
+    loss = generator_loss(game, teacher, state, y, key)
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(moved)
     better = value < draft["loss"]
     now = {"loss": value, "images": aux["image"]}
@@ -164,7 +164,7 @@ def inversion_step(game, teacher):
       memory = {**memory, "critic": memory["critic"].updated(game.generator_tx, grads["critic"], {})}
     best = {name: jnp.where(better, new, draft[name]) for name, new in now.items()}
     change, latent_state = game.generator_tx.update(grads["latent"], draft["latent_state"])
-    draft = {**draft, **best, "latent": draft["latent"] + change, "latent_state": latent_state}
+    draft = {**draft, **best, "latent": z + change, "latent_state": latent_state}
     return (
       state.replace(
         generator=state.generator.updated(game.generator_tx, grads["params"], aux["generator_stats"]),
@@ -338,13 +338,15 @@ def train_state(variables, tx):
 
 
 def shardings(game):
-  """Where the parts of a DistillState lie: all on every device, but pool and bank, whose batches are shared out."""
-  whole, shared = replicated(game.mesh), along(game.mesh, pool.BATCH_AXIS)
+  """Where the parts of a DistillState lie: all on every device, but what the pool and the bank hold is shared out."""
+  whole, batch, slots = replicated(game.mesh), split_batch(game.mesh), along(game.mesh, pool.BATCH_AXIS)
   memory = {}
   if game.method.inverts:
-    memory = {"pool": {"images": shared, "labels": shared, "count": whole}, "draft": whole}
+    draft = {**dict.fromkeys(("latent", "labels", "latent_state", "loss"), whole), "images": batch}
+    memory = {"pool": {"images": slots, "labels": slots, "count": whole}, "draft": draft}
   if game.method.critic:
-    memory |= {"critic": whole, "bank": {"features": shared, "count": whole}}
+    memory |= {"critic": whole, "bank": {"features": slots, "count": whole}}
+    memory["draft"]["remembered"] = batch
   return DistillState(whole, whole, whole, whole, memory)
 
 
