@@ -102,7 +102,7 @@ def test_outputs_by_name(name, size):
 def test_features_have_unit_length():
   net = nets.FeatureHead(nets.classifier("wrn_10_1", 3), 48)
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-  out = net.init_with_output(jax.random.key(1), x, train=False)[0]
+  out, _ = jitted_forward(net, False)(nets.init(net, jax.random.key(1), x), x)
   assert out.features.shape == (4, 48)
   np.testing.assert_allclose(np.linalg.norm(out.features, axis=1), 1, rtol=1e-5)
   np.testing.assert_array_equal(out.features, out.head_features)
@@ -112,9 +112,8 @@ def test_head_features_train_the_head_alone():
   net = nets.FeatureHead(nets.classifier("wrn_10_1", 3), 48)
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
   variables = nets.init(net, jax.random.key(1), x)
-  grads = jax.grad(lambda p: jnp.sum(net.apply({**variables, "params": p}, x, train=False).head_features[:, 0]))(
-    variables["params"]
-  )
+  loss = lambda params: jnp.sum(net.apply({**variables, "params": params}, x, train=False).head_features[:, 0])
+  grads = jax.jit(jax.grad(loss))(variables["params"])
   assert not any(np.any(g) for g in jax.tree.leaves(grads["net"]))
   assert all(np.any(g) for g in jax.tree.leaves(grads["head_2"]))
 

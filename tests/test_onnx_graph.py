@@ -116,10 +116,10 @@ class Own(nn.Module):
 
 def test_a_module_from_elsewhere():
   x = np.random.default_rng(1).standard_normal((3, 8, 8, 3), np.float32)
-  variables = Own().init(jax.random.key(0), x)
+  variables = jax.jit(Own().init)(jax.random.key(0), x)
   model, run = in_onnxruntime(lambda v, x: Own().apply(v, x)[0], x, variables=variables)
   for size in (1, 3):
-    assert_close(run(x[:size]), Own().apply(variables, x[:size])[0], 1e-5)
+    assert_close(run(x[:size]), jax.jit(Own().apply)(variables, x[:size])[0], 1e-5)
   assert "params.Conv_0.kernel" in {i.name for i in model.graph.initializer}
 
 
