@@ -288,6 +288,9 @@ def test_cifar10_smoke_on_the_real_images(tmp_path):
 
   subprocess.run([sys.executable, shared("data", "unpack.py"), "cifar10", tmp_path], check=True)
   prepare("cifar10", str(tmp_path / "d"), str(next(tmp_path.glob("*.tar.gz"))))
-  config = f"--config={REPOSITORY / 'configs' / 'cifar10.py'}:smoke"
-  assert main(command(tmp_path / "w", tmp_path / "d", config=config)) == 0
+  smoke = lambda name: f"--config={REPOSITORY / 'configs' / name}.py:smoke"
+  assert main(command(tmp_path / "w", tmp_path / "d", config=smoke("cifar10"))) == 0
   assert results_of(tmp_path / "w")["test_images"] == 10000
+  given = f"--config.teacher.checkpoint={tmp_path / 'w' / 'teacher'}"
+  assert main(command(tmp_path / "rgal", tmp_path / "d", given, config=smoke("rgal_cifar10"))) == 0
+  assert results_of(tmp_path / "rgal")["test_images"] == 10000
