@@ -125,7 +125,9 @@ def write(out, found):
 
 def main(argv=None):
   """Parses flags, runs what is missing, writes the table; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.methods", description=__doc__.split("\n")[0], allow_abbrev=False
+  )
   parser.add_argument(
     "--config", default=str(REPOSITORY / "configs" / "digits.py"), help="configs/digits.py or cifar10.py"
   )
