@@ -74,6 +74,7 @@ def get_config(variant=""):
 
   c.schedule = e = ml_collections.ConfigDict()
   e.epochs = 600  # of the distillation, and of a control arm's student
+  e.horizon = 0  # epochs over which learning rates fall, where that is longer than the run: its start alone; 0: epochs
   e.iterations = 50  # per epoch
   e.batch_size = 512  # of both players, over all devices together
 

@@ -11,7 +11,7 @@ def generator_optimiser(config, steps_per_epoch, epochs=None):
 
   Under `fresh_adam` the schedule never acts, as each step's Adam is at its first.
   """
-  c, epochs = config.generator, epochs or config.schedule.epochs
+  c, epochs = config.generator, epochs or config.schedule.horizon or config.schedule.epochs
   if config.quirks.fresh_adam:
     lr = c.lr
   elif c.schedule == "cosine":
@@ -23,7 +23,7 @@ def generator_optimiser(config, steps_per_epoch, epochs=None):
 
 def student_optimiser(config, steps_per_epoch):
   """SGD with momentum and weight decay on every parameter; a feature head stays untouched under `untrained_head`."""
-  c, epochs = config.student, config.schedule.epochs
+  c, epochs = config.student, config.schedule.horizon or config.schedule.epochs
   if config.quirks.stepped_schedule:
     lr = per_epoch(published_student_lr(c.lr, epochs), steps_per_epoch)
   else:

@@ -80,6 +80,11 @@ def resolve(config, mesh):
   for key in POSITIVE:
     if flat[key] <= 0:
       raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
+  if config.schedule.horizon and config.schedule.horizon < config.schedule.epochs:
+    raise Refusal(
+      f"config.schedule.horizon is {config.schedule.horizon}, shorter than the run's {config.schedule.epochs} epochs;"
+      " make it longer, or 0 for learning rates that fall over the run."
+    )
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   nets.classifier(config.teacher.net, spec.num_classes)
   nets.classifier(config.student.net, spec.num_classes)

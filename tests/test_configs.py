@@ -3,10 +3,11 @@
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 from cpsc_jax.configs import cifar10, cifar100, default, digits, tiny_imagenet
 
-from cpsc_jax import settings
+from cpsc_jax import optim, settings
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh
 
@@ -75,6 +76,7 @@ def test_reference_turns_everything_on():
     ("generator.net", "biggan", "dcgan"),
     ("generator.net", "dcgan", "divisible by 16"),
     ("schedule.epochs", 0, "greater than 0"),
+    ("schedule.horizon", 20, "shorter than the run"),
     ("teacher.batch_size", 5000, "1343"),
     ("teacher.flip", True, "flip"),
     ("loss.ikd_form", "l1", "mse"),
@@ -95,3 +97,18 @@ def test_differences_name_the_keys():
   assert settings.differences(config, saved) == []
   saved["student"]["lr"], saved["seed"], saved["dataset"]["data_dir"] = 0.3, 5, "/elsewhere"
   assert settings.differences(config, saved) == ["seed", "student.lr"]
+
+
+@pytest.mark.parametrize("optimiser", [optim.student_optimiser, optim.generator_optimiser])
+def test_a_run_with_a_horizon_is_the_start_of_a_longer_one(optimiser):
+  config = digits.get_config()
+  config.generator.schedule = "cosine"
+  weights, sizes = jnp.ones(2), {}
+  for epochs, horizon in ((4, 0), (4, 8), (8, 0)):
+    config.schedule.epochs, config.schedule.horizon = epochs, horizon
+    tx = optimiser(config, 3)
+    state, sizes[epochs, horizon] = tx.init(weights), []
+    for _ in range(12):
+      step, state = tx.update(weights, state, weights)
+      sizes[epochs, horizon].append(float(step[0]))
+  assert sizes[4, 8] == sizes[8, 0] and abs(sizes[4, 8][-1]) > 2 * abs(sizes[4, 0][-1])
