@@ -37,6 +37,6 @@ def method(config, train_head=False, split=None, whole=None):
       if weight and name not in terms:
         raise Refusal(
           f"config.loss.{player}.{name} is {weight}, but method '{config.method}' has no such term: set it to 0. Its"
-          f" terms are {', '.join(terms)}; configs/{config.method}_cifar10.py has their weights."
+          f" terms are {', '.join(terms)}; the configs of the method have their weights."
         )
   return found
