@@ -23,7 +23,8 @@ import torch_zoo as zoo  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # the others take 8 pixels, ImageNet's 32
-EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *nets.GENERATORS)
+SAVED_GENERATORS = [name for name in nets.GENERATORS if name != "pixels"]  # that one has nothing to save
+EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *SAVED_GENERATORS)
 DEEPER = ("resnet34", "vgg13", "vgg16", *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")))
 CLASSES, LATENT, WIDTH = 5, 6, 4
 

@@ -298,7 +298,7 @@ def replay(request, golden, dtype):
   return types.SimpleNamespace(
     game=game,
     teacher=teacher,
-    weights={name: weight for name, (weight, _) in game.method.generator_terms.items()},
+    weights={name: weight for name, (weight, _) in game.method.generator_terms.items() if weight},
     state=state,
     init=init,
     result=results,
