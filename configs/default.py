@@ -1,8 +1,8 @@
 """Every key of a run, with its meaning. The other configs override about ten of them.
 
 Keys are locked: an unknown one on the command line is refused. `--config configs/NAME.py:smoke` is the same run cut
-down
-to seconds. Accuracies quoted in configs are fractions of the whole test split at the last epoch unless they say "best".
+down to seconds. Accuracies quoted in configs are fractions of the whole test split at the last epoch unless they say
+"best".
 """
 
 import ml_collections
