@@ -1,7 +1,6 @@
 """One contract for every row of METHODS, and the formulas of the neighbours' terms."""
 
 import functools
-import importlib
 import json
 
 import jax
@@ -10,9 +9,11 @@ import ml_collections
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command
-from cpsc_jax.configs import digits, rgal_cifar10
+from cpsc_jax.configs import rgal_cifar10
 from parity import assert_close
+from spmd_worker import smoke_config as config_of
 from test_algorithm import equal, jit
+from test_losses import softmax
 
 from cpsc_jax import algorithm, checkpoint, distill, losses, mesh, nets, settings
 from cpsc_jax.errors import Refusal
@@ -21,12 +22,6 @@ from cpsc_jax.methods import METHODS, cmi, rgal
 from cpsc_jax.state import Output, View
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-
-
-def config_of(method, variant="digits_smoke"):
-  if method == "cpsc":
-    return digits.get_config(variant.removeprefix("digits").removeprefix("_"))
-  return importlib.import_module(f"cpsc_jax.configs.{method}_cifar10").get_config(variant)
 
 
 def flag_of(method):
@@ -215,11 +210,6 @@ def test_projections_are_trained_and_not_saved():
   for i, mean in enumerate(means):
     layer = after.student.params[f"stage_{i}"]
     assert_close(whole.projected[i], mean @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"]), 1e-5)
-
-
-def softmax(x):
-  e = np.exp(x - x.max(-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)
 
 
 def test_terms_of_the_neighbours(dtype):
