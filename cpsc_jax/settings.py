@@ -143,6 +143,9 @@ def check_stages(config, teacher):
 
   Stages must be as many for `channel` and of the same size for `attention`; `activation` needs unscaled features.
   """
+  student, generator = config.loss.student, config.loss.generator
+  if not (student.channel or student.attention or generator.activation):
+    return  # tracing two nets takes seconds where they are deep
   spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
   shapes = lambda name: nets.output_shapes(nets.classifier(name, spec.num_classes), spec.image_shape)
   ours, theirs = shapes(config.student.net), shapes(teacher)
@@ -151,12 +154,12 @@ def check_stages(config, teacher):
     ("channel", len(ours.stages) == len(theirs.stages)),
     ("attention", sides(ours) == sides(theirs)),
   ):
-    if config.loss.student[term] and not fit:
+    if student[term] and not fit:
       raise Refusal(
         f"config.loss.student.{term} compares stages, and those of {config.student.net} {sides(ours)} do not match"
         f" those of {teacher} {sides(theirs)}; set it to 0 or choose another config.student.net."
       )
-  if config.loss.generator.activation and theirs.pooled is None:
+  if generator.activation and theirs.pooled is None:
     raise Refusal(
       f"config.loss.generator.activation needs `Output.pooled`, which {teacher} does not give; build its output by"
       " nets.outputs or set the weight to 0."
