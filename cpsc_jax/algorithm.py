@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from cpsc_jax import nets, pool
-from cpsc_jax.mesh import along, replicated, split_batch
+from cpsc_jax.mesh import axis_sharding, batch_sharding, replicated
 from cpsc_jax.state import DistillState, TrainState, View, step_counter
 
 Terms = dict[str, tuple[float, Callable[[View], jax.Array]]]
@@ -151,7 +151,7 @@ def inversion_step(game, teacher):
 
   def step(state, key):
     memory, draft = state.memory, state.memory["draft"]
-    z, y = jax.lax.with_sharding_constraint((draft["latent"], draft["labels"]), split_batch(game.mesh))
+    z, y = jax.lax.with_sharding_constraint((draft["latent"], draft["labels"]), batch_sharding(game.mesh))
     moved = {"params": state.generator.params, "latent": z}
     if game.method.critic:
       moved["critic"] = memory["critic"].params
@@ -193,7 +193,7 @@ def keep_best(game):
 def pool_step(game, teacher):
   def step(state, key):
     drawn = pool.draw(state.memory["pool"], jax.random.fold_in(key, 2), game.batch_size)
-    x, y = jax.lax.with_sharding_constraint((drawn["images"], drawn["labels"]), split_batch(game.mesh))
+    x, y = jax.lax.with_sharding_constraint((drawn["images"], drawn["labels"]), batch_sharding(game.mesh))
     return learn(game, teacher, state, x, y, key)
 
   return step
@@ -295,7 +295,7 @@ def draw(game, key, number):
   key_z, key_y = jax.random.split(key)
   z = jax.random.normal(key_z, (number, game.latent_dim))
   y = jax.random.randint(key_y, (number,), 0, game.num_labels)
-  return jax.lax.with_sharding_constraint((z, y), split_batch(game.mesh))
+  return jax.lax.with_sharding_constraint((z, y), batch_sharding(game.mesh))
 
 
 def initial_state(game, seed, image_shape):
@@ -339,7 +339,7 @@ def train_state(variables, tx):
 
 def shardings(game):
   """Where the parts of a DistillState lie: all on every device, but what the pool and the bank hold is shared out."""
-  whole, batch, slots = replicated(game.mesh), split_batch(game.mesh), along(game.mesh, pool.BATCH_AXIS)
+  whole, batch, slots = replicated(game.mesh), batch_sharding(game.mesh), axis_sharding(game.mesh, pool.BATCH_AXIS)
   memory = {}
   if game.method.inverts:
     draft = {**dict.fromkeys(("latent", "labels", "latent_state", "loss"), whole), "images": batch}

@@ -1,6 +1,6 @@
 """Saving, verifying and restoring, through Orbax.
 
-`Keeper` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has
+`Checkpointer` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has
 to know to use it. Both carry digests of their own, because Orbax restores damaged bytes silently.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cpsc_jax.errors import Refusal, first_line
-from cpsc_jax.mesh import leads, meet, told
+from cpsc_jax.mesh import barrier, broadcast, is_primary
 
 CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
@@ -37,7 +37,7 @@ def digest(tree):
   return total.hexdigest()
 
 
-class Keeper:
+class Checkpointer:
   """The last two checkpoints of a training, each a pytree and a JSON record, under `directory`.
 
   All processes call every method; process 0 seals, verifies and decides.
@@ -45,7 +45,7 @@ class Keeper:
 
   def __init__(self, directory):
     """Raises a Refusal where nothing can be written."""
-    quieten()
+    silence_absl()
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
@@ -80,9 +80,9 @@ class Keeper:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / str(step)
-      damage = broken(folder) if leads() else None
-      if told(bool(damage)):
-        if leads():
+      damage = broken(folder) if is_primary() else None
+      if broadcast(bool(damage)):
+        if is_primary():
           logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and deleted: %s", folder, damage)
         self._manager.delete(step)
         continue
@@ -110,7 +110,7 @@ class Keeper:
 
   def _seal(self):
     """Called when the files of a step are all written and their folder does not yet bear its final name."""
-    if leads():
+    if is_primary():
       seal(self._unsealed)
 
   @contextlib.contextmanager
@@ -168,21 +168,21 @@ def save_net(directory, variables, card):
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
   card = {**card, "digest": digest(variables)}
-  if leads():
+  if is_primary():
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
   try:
     with ocp.StandardCheckpointer() as writer:
       writer.save(scratch / "variables", variables)
       writer.wait_until_finished()
-    if leads():
+    if is_primary():
       (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
       shutil.rmtree(directory, ignore_errors=True)
       scratch.rename(directory)
   finally:
-    if leads():
+    if is_primary():
       shutil.rmtree(scratch, ignore_errors=True)
-  meet(f"saved {directory.name}")
+  barrier(f"saved {directory.name}")
   return card
 
 
@@ -208,7 +208,7 @@ def load_net(directory, like):
   Raises:
     Refusal: nothing there, other shapes than the net has, or bytes that do not match the digest.
   """
-  quieten()
+  silence_absl()
   directory = pathlib.Path(directory).absolute()
   card = read_card(directory)
   try:
@@ -225,5 +225,5 @@ def load_net(directory, like):
   return variables, card
 
 
-def quieten():
+def silence_absl():
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told in our own words

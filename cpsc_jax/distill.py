@@ -15,7 +15,7 @@ import numpy as np
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, methods, nets, optim, report, settings, teach
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import everywhere, leads, make_mesh, one_after_the_other, place, replicated, split_batch
+from cpsc_jax.mesh import batch_sharding, is_primary, make_mesh, place, primary_first, replicate, replicated
 from cpsc_jax.progress import say
 
 PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -40,8 +40,8 @@ def run(config, workdir, started=None):
   if results:
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return results
-  one_after_the_other(lambda: datasets.require(config.dataset.name, config.dataset.data_dir))
-  one_after_the_other(lambda: claim(workdir, config))
+  primary_first(lambda: datasets.require(config.dataset.name, config.dataset.data_dir))
+  primary_first(lambda: claim(workdir, config))
 
   test = datasets.load_test(config.dataset.name, config.dataset.data_dir).put(replicated(mesh))
   teacher_net, teacher, card = teach.obtain_teacher(config, test, workdir, mesh)
@@ -54,7 +54,7 @@ def run(config, workdir, started=None):
   student_net = nets.without_head(game.student, {})[0]
   student_says = classify(student_net)
   sampler = evaluate.compile_sampler(game, config.evaluate.samples_per_class)
-  sample_key = everywhere(jax.random.fold_in(jax.random.key(config.seed), 2), mesh)
+  sample_key = replicate(jax.random.fold_in(jax.random.key(config.seed), 2), mesh)
   data_free = config.arm not in settings.REAL_ARMS
   if data_free:
     epoch, state = data_free_arm(config, game, teacher)
@@ -159,7 +159,7 @@ def run(config, workdir, started=None):
     "hardware": hardware(),
     "config": json.loads(settings.dump(config)),
   }
-  if leads():
+  if is_primary():
     if data_free:
       np.savez(workdir / "samples.npz", images=images)
       if game.method.inverts:
@@ -198,7 +198,7 @@ def build_game(config, mesh, teacher_net, card):
   generator_steps = 0 if config.arm == "untrained_generator" else config.generator.steps
   steps = config.schedule.iterations
   method = methods.method(
-    config, has_head and not config.quirks.untrained_head, split=split_batch(mesh), whole=replicated(mesh)
+    config, has_head and not config.quirks.untrained_head, split=batch_sharding(mesh), whole=replicated(mesh)
   )
   every = (config.generator.steps, 1) if method.inverts else (steps * config.generator.steps, None)
   return algorithm.Game(
@@ -271,7 +271,7 @@ def earlier_results(workdir, config):
 
 def claim(workdir, config):
   """Makes `workdir` this config's; a Refusal if it cannot be written, or is not the folder that process 0 sees."""
-  if not leads() and not (workdir / "config.json").exists():
+  if not is_primary() and not (workdir / "config.json").exists():
     raise Refusal(f"process {jax.process_index()} does not see {workdir} of process 0; name a folder that all share.")
   try:
     workdir.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from cpsc_jax import datasets, nets, pool
-from cpsc_jax.mesh import replicated, split_batch
+from cpsc_jax.mesh import batch_sharding, replicated
 
 
 def compile_classifier(net, mean, std, batch_size, mesh):
@@ -21,7 +21,7 @@ def compile_classifier(net, mean, std, batch_size, mesh):
     filled = jnp.pad(images, ((0, -count % batch), (0, 0), (0, 0), (0, 0)))
 
     def predict(batch_images):
-      batch_images = jax.lax.with_sharding_constraint(batch_images, split_batch(mesh))
+      batch_images = jax.lax.with_sharding_constraint(batch_images, batch_sharding(mesh))
       x = datasets.normalise(batch_images, mean, std)
       return jnp.argmax(net.apply(variables, x, train=False).logits, axis=-1)
 

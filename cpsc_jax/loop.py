@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import stop
-from cpsc_jax.checkpoint import Keeper
+from cpsc_jax.checkpoint import Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted
 from cpsc_jax.events import Events
-from cpsc_jax.mesh import anyone, everywhere, leads, make_mesh
+from cpsc_jax.mesh import any_process, is_primary, make_mesh, replicate
 from cpsc_jax.progress import Steps, say
 
 
@@ -65,21 +65,21 @@ def train(plan, state):
     Preempted: SIGTERM came to any process; the epochs done are saved.
   """
   started = saved = time.monotonic()
-  keeper = Keeper(plan.workdir / "checkpoints")
+  checkpointer = Checkpointer(plan.workdir / "checkpoints")
   best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0)}
-  best = {**everywhere(best, make_mesh()), "variables": jax.tree.map(jnp.copy, plan.variables(state))}
-  restored = keeper.restore({"state": state, "best": best})
+  best = {**replicate(best, make_mesh()), "variables": jax.tree.map(jnp.copy, plan.variables(state))}
+  restored = checkpointer.restore({"state": state, "best": best})
   history, seconds = [], 0.0
   if restored:
     tree, record = restored
     state, best, history, seconds = tree["state"], tree["best"], record["history"], record["seconds"]
     say(f"{plan.title}: resuming after epoch {len(history)} of {plan.epochs}")
-  events = Events(plan.workdir / "events", len(history) + 1) if leads() else None
+  events = Events(plan.workdir / "events", len(history) + 1) if is_primary() else None
   worked = lambda: seconds + time.monotonic() - started
   unread = None
 
   try:
-    with Steps(plan.title, plan.epochs, len(history)) as progress, stop.deferred() as told_to_stop:
+    with Steps(plan.title, plan.epochs, len(history)) as progress, stop.deferred_sigterm() as told_to_stop:
 
       def read():
         """Waits for the epoch under way and enters it into the history; returns what was wished for in it."""
@@ -105,16 +105,16 @@ def train(plan, state):
         stopping, due = read() if unread else (False, False)
         # Any process may wish; all learn of it with the epoch's numbers, and so act after the same epoch.
         overdue = time.monotonic() - saved >= 60 * plan.save_minutes
-        unread = (epoch, terms, scores, (anyone(told_to_stop()), anyone(overdue)))
+        unread = (epoch, terms, scores, (any_process(told_to_stop()), any_process(overdue)))
         if epoch % plan.save_every == 0 or epoch == plan.epochs or due or stopping:
           stopping = read()[0] or stopping
           unread = None
           saved = time.monotonic()
-          keeper.save(epoch, {"state": state, "best": best}, {"history": list(history), "seconds": worked()})
-        if stopping or (epoch == plan.epochs and anyone(told_to_stop())):
+          checkpointer.save(epoch, {"state": state, "best": best}, {"history": list(history), "seconds": worked()})
+        if stopping or (epoch == plan.epochs and any_process(told_to_stop())):
           raise Preempted(f"{plan.title}: told to stop; epoch {epoch} is saved, and the same command resumes after it.")
   finally:
-    keeper.close()  # what was started is finished, whatever ended the loop
+    checkpointer.close()  # what was started is finished, whatever ended the loop
   return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
 
 

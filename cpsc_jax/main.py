@@ -20,13 +20,13 @@ def main(argv=None):
   """Parses flags, runs, prints the table; returns the exit code."""
   argv = sys.argv if argv is None else argv
   try:
-    with stop.heeded():
+    with stop.exit_on_sigterm():
       config, workdir = parse(argv)
       mesh.start()
       from cpsc_jax import distill, report
 
       results = distill.run(config, workdir, STARTED)
-      if mesh.leads():
+      if mesh.is_primary():
         report.print_table(results)
         print(f"everything is in {workdir}")
   except Refusal as refusal:
@@ -37,9 +37,9 @@ def main(argv=None):
     print(f"cpsc_jax: {where}: {error.strerror}; the same command resumes once that is mended.", file=sys.stderr)
     return Refusal.exit_code
   except jax.errors.JaxRuntimeError as error:
-    if mesh.alone():
+    if mesh.single_process():
       raise
-    print(f"cpsc_jax: {mesh.lost(error)}", file=sys.stderr, flush=True)
+    print(f"cpsc_jax: {mesh.lost_process(error)}", file=sys.stderr, flush=True)
     return RESUME
   except KeyboardInterrupt:
     print("cpsc_jax: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)

@@ -64,11 +64,11 @@ def _checked(given):
   return address, *map(int, numbers)
 
 
-def alone():
+def single_process():
   return jax.process_count() == 1
 
 
-def lost(error):
+def lost_process(error):
   """What to tell the user when a collective fails in a run of several processes."""
   return (
     f"process {jax.process_index()} lost the others ({str(error).splitlines()[0][:200]}); JAX names the dead task here"
@@ -76,36 +76,36 @@ def lost(error):
   )
 
 
-def leads():
+def is_primary():
   """Whether this process is the one that writes and speaks."""
   return jax.process_index() == 0
 
 
-def meet(place):
+def barrier(place):
   """Waits until all processes are here; `place` names the spot in messages."""
   multihost_utils.sync_global_devices(place)
 
 
-def one_after_the_other(work):
+def primary_first(work):
   """Process 0 does the work, then all others do: what is made once is then found."""
-  if leads():
+  if is_primary():
     work()
-  meet("process 0 is ready")
-  if not leads():
+  barrier("process 0 is ready")
+  if not is_primary():
     work()
 
 
-def told(value):
+def broadcast(value):
   """Process 0's value, an integer, on all processes."""
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def anyone(wish):
+def any_process(wish):
   """Whether any process wishes so: a scalar that is computed while the host goes on, to be read later."""
-  if alone():
+  if single_process():
     return wish
   mesh = make_mesh()
-  wishes = jax.make_array_from_process_local_data(split_batch(mesh), np.full(jax.local_device_count(), wish))
+  wishes = jax.make_array_from_process_local_data(batch_sharding(mesh), np.full(jax.local_device_count(), wish))
   return _any(replicated(mesh))(wishes)
 
 
@@ -124,7 +124,7 @@ def replicated(mesh):
   return NamedSharding(mesh, PartitionSpec())
 
 
-def everywhere(tree, mesh):
+def replicate(tree, mesh):
   """Puts a tree of arrays, the same on all processes, on every device of the mesh."""
   return place(tree, replicated(mesh))
 
@@ -140,11 +140,11 @@ def place(tree, shardings):
   return jax.tree.map(lambda sharding, part: jax.tree.map(lambda x: put(x, sharding), part), shardings, tree)
 
 
-def split_batch(mesh):
-  return along(mesh, 0)
+def batch_sharding(mesh):
+  return axis_sharding(mesh, 0)
 
 
-def along(mesh, axis):
+def axis_sharding(mesh, axis):
   """The sharding that splits arrays over the devices along one axis."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 

@@ -4,9 +4,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
+from flax.training.dynamic_scale import DynamicScale
 
 Tree = Any
+
+
+@struct.dataclass
+class Statistics:
+  """What a prior over inputs compares, layer by layer; for batch norm, the moments of a layer's input.
+
+  Attributes:
+    seen: {layer: {"mean": (K,), "var": (K,)}} of the current batch, variance biased.
+    stored: the same of the training data.
+  """
+
+  seen: Tree
+  stored: Tree
 
 
 @struct.dataclass
@@ -15,12 +30,14 @@ class Output:
 
   Attributes:
     logits: (N, C).
-    features: (N, D), the input of the last linear layer scaled to unit L2 norm (of the head, where there is one).
-    stages: feature maps (N, H, W, K) at the end of each stage, first stage first.
+    features: (N, D), the input of the last linear layer scaled to unit L2 norm (of the feature head, if there is one).
+    stages: what each stage ends with, first stage first: feature maps (N, H, W, K) or tokens (N, T, K).
     head_features: `features` with everything below a feature head detached, so that a loss on it trains the head
       alone; None without a head.
-    pooled: (N, D), the features before they were scaled, where the net tells.
+    pooled: (N, D), the features before they were scaled.
     projected: per stage (N, K), its spatial average at the width of the teacher's stage; None without projections.
+    statistics: what a prior over inputs compares. `nets.forward_observed` fills it in for nets with batch norm; a net
+      of another kind may publish its own. None where there is nothing to compare.
   """
 
   logits: jax.Array
@@ -29,58 +46,95 @@ class Output:
   head_features: jax.Array | None = None
   pooled: jax.Array | None = None
   projected: tuple[jax.Array, ...] | None = None
+  statistics: Statistics | None = None
 
 
 @struct.dataclass
 class TrainState:
-  """A network under training. `batch_stats` holds the running means and variances of its batch norm layers."""
+  """A network, or any other pytree of parameters, under training.
+
+  Attributes:
+    params: what gradients move.
+    batch_stats: running means and variances of batch norm layers.
+    opt_state: of the optax optimiser.
+    loss_scale: dynamic loss scale of float16 training; None without.
+  """
 
   params: Tree
   batch_stats: Tree
   opt_state: Tree
+  loss_scale: DynamicScale | None = None
 
   @property
-  def variables(self):
+  def variables(self) -> dict[str, Tree]:
     return {"params": self.params, "batch_stats": self.batch_stats}
 
-  def updated(self, tx, grads, batch_stats):
-    """The state after one update of the optax chain `tx`."""
+  def updated(
+    self, tx: optax.GradientTransformation, grads: Tree, batch_stats: Tree, factor: jax.Array | float = 1.0
+  ) -> "TrainState":
+    """The state after one update by `tx`, whose step is multiplied by the learning-rate factor `factor`."""
     updates, opt_state = tx.update(grads, self.opt_state, self.params)
-    params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), self.params, updates)
+    params = jax.tree.map(lambda p, u: p + (factor * u).astype(p.dtype), self.params, updates)
     return self.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
 @struct.dataclass
-class DistillState:
-  """Everything that changes during a distillation, and nothing else.
+class Losses:
+  """What one update reports.
+
+  Attributes:
+    total: the weighted sum that was minimised.
+    terms: {name: value before weighting} of the active terms.
+  """
+
+  total: jax.Array
+  terms: dict[str, jax.Array]
+
+
+@struct.dataclass
+class Weights:
+  """Numbers of one player that may differ between members of a sweep.
+
+  Attributes:
+    terms: {name: weight} of its active terms, each ().
+    lr: factor on every step of its optimiser, ().
+  """
+
+  terms: dict[str, jax.Array]
+  lr: jax.Array
+
+
+@struct.dataclass
+class Hyper:
+  """The numbers that training reads from its state, so that `jax.vmap` over states is a sweep over them."""
+
+  generator: Weights
+  student: Weights
+
+
+@struct.dataclass
+class State:
+  """Everything that changes during training, and nothing else.
 
   Attributes:
     step: iterations done, () int32.
-    key: the run's PRNG key; steps fold their number into it and never change it.
-    generator: its TrainState.
-    student: its TrainState; the parameters of a feature head are among its parameters.
-    memory: the image pool and the batch in the making, for methods that invert (cpsc_jax.pool); empty otherwise.
+    key: the run's key; steps derive theirs from it and never change it.
+    generator: its TrainState; None where nothing is generated (training on real data).
+    student: the TrainState of the net that learns; the parameters of a feature head are among its parameters.
+    trained: {name: TrainState} of what the method trains along with the generator, by the generator's loss.
+    memory: what else the method keeps: an image pool, a bank, the order of the data.
+    hyper: weights of the loss terms and factors of the learning rates; never changed by training.
   """
 
   step: jax.Array
   key: jax.Array
-  generator: TrainState
+  generator: TrainState | None
   student: TrainState
+  trained: dict[str, TrainState]
   memory: Tree
+  hyper: Hyper
 
-  def tick(self):
-    return self.replace(step=self.step + 1)
-
-
-@struct.dataclass
-class SupervisedState:
-  """Training on a labelled set: teachers, and the control arms that use real data."""
-
-  step: jax.Array
-  key: jax.Array
-  net: TrainState
-
-  def tick(self):
+  def tick(self) -> "State":
     return self.replace(step=self.step + 1)
 
 
@@ -90,26 +144,23 @@ class View:
 
   Attributes:
     labels: (N,) int32, the classes asked of the generator (or real labels).
-    teacher, student: their `Output` on the batch.
-    moments: per batch norm layer of the teacher, the batch mean and biased variance of its input; empty unless asked
-    for. running: the teacher's running mean and variance of the same layers, same keys.
+    teacher, student: their `Output` on the batch; the teacher's has `statistics` in generator steps.
     images: (N, H, W, K) as the generator drew them, before any crop or flip.
-    key: for terms that draw at random.
-    bank: (M, D) what the method's critic saw of earlier batches, and its fill counter (); None without a critic.
-    teach: images -> the teacher's `Output`. criticise: (N, D) -> the critic's output. Both for the generator's terms.
+    key: for terms that draw at random; each derives a stream of its own from it (cpsc_jax.streams).
+    trained: {name: parameters} of what the method trains along.
+    memory: the method's own part of the state.
+    teach: images -> the teacher's `Output`, for terms of the generator.
   """
 
   labels: jax.Array
   teacher: Output
   student: Output
-  moments: Tree = struct.field(default_factory=dict)
-  running: Tree = struct.field(default_factory=dict)
   images: jax.Array | None = None
   key: jax.Array | None = None
-  bank: Tree = None
+  trained: dict[str, Tree] = struct.field(default_factory=dict)
+  memory: Tree = None
   teach: Any = struct.field(pytree_node=False, default=None)
-  criticise: Any = struct.field(pytree_node=False, default=None)
 
 
-def step_counter():
+def step_counter() -> jax.Array:
   return jnp.zeros((), jnp.int32)

@@ -8,7 +8,7 @@ from cpsc_jax.errors import RESUME
 
 
 @contextlib.contextmanager
-def heeded():
+def exit_on_sigterm():
   """Within it, SIGTERM ends the program at once, with the exit code that says 'run me again'."""
 
   def leave(*_):
@@ -20,7 +20,7 @@ def heeded():
 
 
 @contextlib.contextmanager
-def deferred():
+def deferred_sigterm():
   """Within it, SIGTERM is only noted: yields a function that says whether one came."""
   came = []
   with _handler(lambda *_: came.append(True)):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim, saved
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import everywhere, replicated, split_batch
+from cpsc_jax.mesh import batch_sharding, replicate, replicated
 from cpsc_jax.progress import say
 from cpsc_jax.state import SupervisedState, step_counter
 
@@ -28,7 +28,7 @@ def obtain_teacher(config, test, workdir, mesh):
   folder = pathlib.Path(config.teacher.checkpoint) if config.teacher.checkpoint else workdir / "teacher"
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     net, variables, card = saved.load(folder)
-    return net, everywhere(variables, mesh), card
+    return net, replicate(variables, mesh), card
   net = nets.classifier(config.teacher.net, spec.num_classes)
   outcome = _train_teacher(config, net, spec, test, workdir, mesh)
   card = {
@@ -91,7 +91,7 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
     save_minutes=config.checkpoint.minutes,
     workdir=workdir / "teacher_training",
   )
-  return train(plan, everywhere(state, mesh))
+  return train(plan, replicate(state, mesh))
 
 
 def real_arm(config, game, teacher_variables, card):
@@ -111,7 +111,7 @@ def real_arm(config, game, teacher_variables, card):
   epoch = compile_epoch_on_data(
     {"student": update}, prepare, game.batch_size, config.schedule.iterations * game.student_steps, game.mesh
   )
-  return lambda state: epoch(state, data.images, data.labels), everywhere(state, game.mesh)
+  return lambda state: epoch(state, data.images, data.labels), replicate(state, game.mesh)
 
 
 def preparation(c, spec, mean, std):
@@ -148,7 +148,7 @@ def compile_epoch_on_data(update, prepare, batch_size, steps, mesh):
 
     def step(net, inputs):
       key, rows = inputs
-      x, y = jax.lax.with_sharding_constraint((images[rows], labels[rows]), split_batch(mesh))
+      x, y = jax.lax.with_sharding_constraint((images[rows], labels[rows]), batch_sharding(mesh))
       return step_on(net, prepare(key, x), y, key)
 
     net, terms = jax.lax.scan(step, state.net, (jax.random.split(key_steps, steps), order))

@@ -23,7 +23,7 @@ def main(workdir, dies):
   @jax.jit
   def program(state):
     noise = jax.random.normal(jax.random.fold_in(state["key"], state["count"]), (8, 2))
-    noise = jax.lax.with_sharding_constraint(noise, mesh.split_batch(devices))
+    noise = jax.lax.with_sharding_constraint(noise, mesh.batch_sharding(devices))
     loss = jnp.full(3, jnp.mean(noise))
     return {**state, "count": state["count"] + 1, "x": state["x"] + loss}, {"net": {"ce": loss, "total": loss}}
 
@@ -36,10 +36,10 @@ def main(workdir, dies):
       os.kill(os.getpid(), signal.SIGKILL)
     return program(state)
 
-  start = mesh.everywhere({"count": jnp.int32(0), "x": jnp.ones(3), "key": jax.random.key(0)}, devices)
+  start = mesh.replicate({"count": jnp.int32(0), "x": jnp.ones(3), "key": jax.random.key(0)}, devices)
   measure = jax.jit(lambda state: {"accuracy": jnp.mean(state["x"])})
   outcome = train(Plan("test", epoch, measure, lambda state: state["x"], 6, 1, 2, 60.0, workdir), start)
-  if mesh.leads():
+  if mesh.is_primary():
     found = {"history": outcome.history, "best": outcome.best_epoch, "x": jax.device_get(outcome.state["x"]).tolist()}
     (workdir / "outcome.json").write_text(json.dumps(found))
 

@@ -37,11 +37,11 @@ def main(out, contrast, method):
   double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
   state = mesh.place(double(algorithm.initial_state(game, 0, shape)), algorithm.shardings(game))
   epoch = algorithm.compile_epoch(game, ITERATIONS)
-  state, terms = epoch(state, mesh.everywhere(double(teacher), devices))
+  state, terms = epoch(state, mesh.replicate(double(teacher), devices))
   if game.method.inverts and devices.size > 1:
     assert not state.memory["pool"]["images"].sharding.is_fully_replicated
   terms, params = jax.device_get((terms, state.student.params))
-  if mesh.leads():
+  if mesh.is_primary():
     flat = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     np.savez(out, devices=jax.device_count(), **flat({"terms": terms, "student": params}))
 

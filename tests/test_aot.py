@@ -26,7 +26,7 @@ def aot():
 def compile_for(devices, function, *arguments):
   """`function` compiled for devices; arguments are (shape, dtype, whether split along the batch)."""
   grid = mesh.make_mesh(devices)
-  place = lambda split: mesh.split_batch(grid) if split else mesh.replicated(grid)
+  place = lambda split: mesh.batch_sharding(grid) if split else mesh.replicated(grid)
   arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place(split)) for shape, dtype, split in arguments]
   return jax.jit(function).lower(*arguments).compile()
 
@@ -70,7 +70,11 @@ def contrast_memory(aot, devices, samples, form):
   loss = {
     "dense": losses.supervised_contrast,
     "blockwise": lambda x, y: losses.supervised_contrast_blockwise(
-      x, y, block=1024, split=mesh.split_batch(mesh.make_mesh(devices)), whole=mesh.replicated(mesh.make_mesh(devices))
+      x,
+      y,
+      block=1024,
+      split=mesh.batch_sharding(mesh.make_mesh(devices)),
+      whole=mesh.replicated(mesh.make_mesh(devices)),
     ),
   }[form]
   views, labels = ((samples, 2, WIDTH), jnp.float32, True), ((samples,), jnp.int32, True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpsc_jax.checkpoint import UNSEALED, Keeper
+from cpsc_jax.checkpoint import UNSEALED, Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted, Refusal
 from cpsc_jax.loop import Plan, train
 
@@ -63,7 +63,7 @@ def test_non_finite_loss_names_the_term_and_keeps_the_last_good_checkpoint(tmp_p
   with pytest.raises(NonFiniteLoss, match=r"epoch 4, step 2: term generator/ce;"):
     train(plan(tmp_path, bad=4), START)
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
-  tree, record = Keeper(tmp_path / "checkpoints").restore({"state": START, "best": best_like()})
+  tree, record = Checkpointer(tmp_path / "checkpoints").restore({"state": START, "best": best_like()})
   assert len(record["history"]) == 2 and int(tree["state"]["count"]) == 2
 
 

@@ -41,7 +41,7 @@ def start(method, **changes):
   game = distill.build_game(config, devices, net, card)
   teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, 8, 8, 1)))
   state = algorithm.initial_state(game, 0, (8, 8, 1))
-  return game, mesh.everywhere(teacher, devices), mesh.place(state, algorithm.shardings(game))
+  return game, mesh.replicate(teacher, devices), mesh.place(state, algorithm.shardings(game))
 
 
 @EVERY
@@ -59,15 +59,15 @@ def test_contract(method, tmp_path):
   moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, jax.device_get(first.student.params))
   assert all(jax.tree.leaves(moved.get("net", moved)))
 
-  keeper = checkpoint.Keeper(tmp_path)
-  keeper.save(1, {"state": first}, {})
-  keeper.close()
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(1, {"state": first}, {})
+  checkpointer.close()
   second, _ = epoch(first, teacher)
   assert epoch._cache_size() == 1, "the second epoch must not compile again"
-  keeper = checkpoint.Keeper(tmp_path)
+  checkpointer = checkpoint.Checkpointer(tmp_path)
   shapes = mesh.place(algorithm.initial_state(game, 0, (8, 8, 1)), algorithm.shardings(game))
-  restored = keeper.restore({"state": shapes})[0]["state"]
-  keeper.close()
+  restored = checkpointer.restore({"state": shapes})[0]["state"]
+  checkpointer.close()
   again, _ = epoch(restored, teacher)
   plain = lambda state: jax.device_get(state.replace(key=jax.random.key_data(state.key)))
   assert equal(plain(second), plain(again)), "a resumed run goes on as if it had never stopped"
