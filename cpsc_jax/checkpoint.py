@@ -1,7 +1,8 @@
 """Saving, verifying and restoring, through Orbax.
 
-`Checkpointer` holds the resumable checkpoints of one training; `save_net` / `load_net` a finished network with what one has
-to know to use it. Both carry digests of their own, because Orbax restores damaged bytes silently.
+`Checkpointer` writes the checkpoints from which a training resumes, `save_net` and `load_net` a finished network with
+its card: which net it is and how its input is normalised. Both add checksums, because Orbax does not notice damaged
+bytes.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import json
 import logging
 import pathlib
 import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,15 +21,17 @@ import orbax.checkpoint as ocp
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import barrier, broadcast, is_primary
 
+Tree = Any
+
 CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
-SEAL = "files.sha256"
-TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not whole yet
-UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")  # the last two are Orbax's, written after the seal
+CHECKSUMS = "files.sha256"
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
+NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two after the checksums
 
 
-def digest(tree):
-  """sha256 over the paths, types, shapes and bytes of all leaves, hex; typed PRNG keys count by their data."""
+def digest(tree: Tree) -> str:
+  """sha256 over the paths, types, shapes and bytes of all leaves, hex; of typed PRNG keys, over their data."""
   total = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -40,50 +45,55 @@ def digest(tree):
 class Checkpointer:
   """The last two checkpoints of a training, each a pytree and a JSON record, under `directory`.
 
-  All processes call every method; process 0 seals, verifies and decides.
+  A pytree may hold None, empty containers, typed PRNG keys and flax dataclasses.
+
+  All processes call every method; process 0 writes the checksums, verifies them and decides.
   """
 
-  def __init__(self, directory):
-    """Raises a Refusal where nothing can be written."""
+  def __init__(self, directory: str | pathlib.Path):
+    """Raises a Refusal if the directory cannot be written to."""
     silence_absl()
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
       create=True,
       cleanup_tmp_directories=True,
-      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
     )
     with self._writing():
       self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-  def save(self, step, tree, record):
-    """Starts writing step `step`; returns once the arrays are copied, the files follow in the background.
+  def save(self, step: int, tree: Tree, record: dict[str, Any]) -> None:
+    """Starts writing step `step`; returns once the arrays are copied, the files are written in the background.
 
     Raises:
-      Refusal: this or the write before it failed, such as on a full disk; what was there stays.
+      Refusal: this write or the one before failed, for instance on a full disk; earlier checkpoints are kept.
     """
     with self._writing():
       self._manager.wait_until_finished()
-      self._unsealed = self._directory / f"{step}{TEMPORARY}"
+      self._unfinished = self._directory / f"{step}{TEMPORARY}"
       self._manager.save(
         step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
       )
 
-  def restore(self, like):
-    """The newest intact (tree, record), or None; `like` gives structure, types and shardings.
+  def restore(self, like: Tree) -> tuple[Tree, dict[str, Any]] | None:
+    """The newest intact (tree, record), or None if there is none.
 
-    A checkpoint whose files are not those of its seal is named in the log, deleted, and the one before it is used.
+    A checkpoint whose files do not match its checksums is named in the log and deleted, and the one before it is used.
+
+    Args:
+      like: a tree of arrays, or of their shapes, with the structure, types and shardings of the result.
 
     Raises:
-      Refusal: an intact checkpoint that does not fit `like`.
+      Refusal: an intact checkpoint has another structure, other shapes or other types than `like`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / str(step)
-      damage = broken(folder) if is_primary() else None
+      damage = verify(folder) if is_primary() else None
       if broadcast(bool(damage)):
         if is_primary():
-          logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and deleted: %s", folder, damage)
+          logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and was deleted: %s", folder, damage)
         self._manager.delete(step)
         continue
       try:
@@ -92,78 +102,85 @@ class Checkpointer:
         )
       except jax.errors.JaxRuntimeError:
         raise
-      except Exception as error:  # Orbax raises assorted types
+      except Exception as error:  # Orbax raises various types
         raise Refusal(
-          f"the checkpoint {folder} is intact but cannot be resumed from ({first_line(error)}); another version of"
-          " this program wrote it: use that one, or delete the folder to go on from the checkpoint before."
+          f"the checkpoint {folder} is intact but cannot be restored ({first_line(error)}); it was written by another"
+          " version of this program: use that version, or delete the folder to resume from the checkpoint before it."
         ) from error
       return found.tree, found.record
     return None
 
-  def close(self):
-    """Blocks until everything started is on disk; a Refusal if that failed."""
+  def close(self) -> None:
+    """Waits until every checkpoint is on disk; raises a Refusal if a write failed."""
     with self._writing():
       try:
         self._manager.wait_until_finished()
       finally:
         self._manager.close()
 
-  def _seal(self):
-    """Called when the files of a step are all written and their folder does not yet bear its final name."""
+  def _write_checksums(self) -> None:
+    """Called when all files of a step are written, before their folder is renamed to its final name."""
     if is_primary():
-      seal(self._unsealed)
+      write_checksums(self._unfinished)
 
   @contextlib.contextmanager
-  def _writing(self):
+  def _writing(self) -> Iterator[None]:
     try:
       yield
     except jax.errors.JaxRuntimeError:
       raise  # another process died
-    except Exception as error:  # Orbax raises assorted types for disks that are full, read-only or gone
+    except Exception as error:  # Orbax raises various types for disks that are full, read-only or gone
       raise Refusal(
         f"no checkpoint can be written to {self._directory} ({first_line(error)}); what was saved before is kept, and"
-        " the same command resumes from it once that is mended."
+        " the same command resumes from it once the directory can be written to."
       ) from error
 
 
-def seal(folder):
-  """Writes the sha256 of every file under `folder` to its file SEAL, as `sha256sum --check` reads it."""
-  lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(_sealed_files(folder))]
-  (folder / SEAL).write_text("".join(lines))
+def write_checksums(folder: pathlib.Path) -> None:
+  """Writes the sha256 of every file under `folder` to its file CHECKSUMS, as `sha256sum --check` reads it."""
+  lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(_checked_files(folder))]
+  (folder / CHECKSUMS).write_text("".join(lines))
 
 
-def broken(folder):
-  """Why `folder` is not as it was sealed, in words, or None if it is."""
+def verify(folder: pathlib.Path) -> str | None:
+  """What differs between the files under `folder` and their checksums, in words; None if nothing does."""
   try:
-    want = dict(reversed(line.split("  ", 1)) for line in (folder / SEAL).read_text().splitlines())
-    have = {str(path.relative_to(folder)): _sha256(path) for path in _sealed_files(folder)}
+    want = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
+    have = {str(path.relative_to(folder)): _sha256(path) for path in _checked_files(folder)}
   except (OSError, ValueError) as error:
     return first_line(error)
   names = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-  return f"{len(names)} files differ from {SEAL}, such as {names[0]}" if names else None
+  listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+  return f"not as in {CHECKSUMS}: {listed}" if names else None
 
 
-def _sealed_files(folder):
-  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in UNSEALED)
+def _checked_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in NOT_CHECKED)
 
 
-def _sha256(path):
+def _sha256(path: pathlib.Path) -> str:
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_net(directory, variables, card):
-  """Writes variables (an Orbax checkpoint) and `card` (what the net is) to `directory`, whole or not at all.
+def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes variables (an Orbax checkpoint) and card (JSON) to `directory`, completely or not at all.
 
-  Variables without batch norm need no "batch_stats". The card names the net as in nets.NETS, the shape of its problem
-  and how its input is normalised (CARD_KEYS); whatever else it says is kept.
+  Args:
+    directory: is replaced if it exists.
+    variables: {"params", "batch_stats"} of the net; "batch_stats" may be missing.
+    card: the net's name in nets.NETS, its classes, its images and how they are normalised (CARD_KEYS); other entries
+      are kept.
+
+  Returns:
+    The card as written, with the digest of the variables.
 
   Raises:
     Refusal: the card lacks a key.
   """
   missing = [key for key in CARD_KEYS if key not in card]
   if missing:
-    raise Refusal(f"the card of the net for {directory} lacks {', '.join(missing)}.")
+    raise Refusal(f"the card of the net to be saved in {directory} must have {', '.join(missing)}.")
   variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
@@ -186,11 +203,11 @@ def save_net(directory, variables, card):
   return card
 
 
-def read_card(directory):
+def read_card(directory: str | pathlib.Path) -> dict[str, Any]:
   """The card of a saved net: net, num_classes, image_size, channels, mean, std, digest.
 
   Raises:
-    Refusal: nothing saved there.
+    Refusal: no net is saved there.
   """
   path = pathlib.Path(directory) / CARD
   try:
@@ -198,15 +215,19 @@ def read_card(directory):
   except (OSError, ValueError) as error:
     raise Refusal(
       f"no saved net in {directory} ({path.name}: {getattr(error, 'strerror', None) or error}); name a folder that"
-      " 'python -m cpsc_jax.main' wrote, such as WORKDIR/teacher."
+      " cpsc-jax wrote, such as WORKDIR/teacher."
     ) from error
 
 
-def load_net(directory, like):
-  """(variables, card) of a saved net; `like` is a tree of the net's own variables.
+def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
+  """(variables, card) of a saved net.
+
+  Args:
+    directory: where `save_net` wrote it.
+    like: a tree of arrays, or of their shapes, with the structure of the net's variables.
 
   Raises:
-    Refusal: nothing there, other shapes than the net has, or bytes that do not match the digest.
+    Refusal: no net there, variables of other shapes, or bytes that do not match the digest.
   """
   silence_absl()
   directory = pathlib.Path(directory).absolute()
@@ -214,16 +235,18 @@ def load_net(directory, like):
   try:
     with ocp.StandardCheckpointer() as reader:
       variables = reader.restore(directory / "variables", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-  except Exception as error:  # Orbax raises assorted types for damaged files
+  except Exception as error:  # Orbax raises various types for damaged files
     raise Refusal(
-      f"the net saved in {directory} cannot be read ({first_line(error)}); restore or make it again."
+      f"the net saved in {directory} cannot be read ({first_line(error)}); restore the folder or save the net again."
     ) from error
   if digest(variables) != card["digest"]:
     raise Refusal(
-      f"the net saved in {directory} is damaged: its bytes do not match its digest; restore or make it again."
+      f"the net saved in {directory} is damaged: its bytes do not match its digest; restore the folder or save the net"
+      " again."
     )
   return variables, card
 
 
-def silence_absl():
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told in our own words
+def silence_absl() -> None:
+  """Hides the log messages of Orbax; what fails is raised as a Refusal."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)

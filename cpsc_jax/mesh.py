@@ -1,33 +1,38 @@
 """Devices and processes: one mesh with one axis, "data", over which batches are split; all else is replicated.
 
-Every array of a run is global: it belongs to all devices of all processes, and a program means the same on any number
-of them. Process 0 alone writes and speaks.
+Every array of a run is global: it belongs to all devices of all processes, and a program computes the same on any
+number of them. Only process 0 writes files and prints.
 """
 
 import functools
 import glob
 import importlib.util
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cpsc_jax.errors import Refusal
 
-VARIABLES = ("CPSC_JAX_COORDINATOR", "CPSC_JAX_PROCESSES", "CPSC_JAX_PROCESS")  # HOST:PORT, how many, which
-HEARTBEAT_SECONDS = 20  # a process that is silent for so long is dead, and the job with it
+Tree = Any
+
+VARIABLES = ("CPSC_JAX_COORDINATOR", "CPSC_JAX_PROCESSES", "CPSC_JAX_PROCESS")  # HOST:PORT, number, index from 0
+HEARTBEAT_SECONDS = 20  # after so long without a sign of life from one process, JAX ends them all
 
 
-def start():
-  """Joins the other processes of this run, if there are any; must come before any use of a device.
+def start() -> None:
+  """Connects to the other processes of this run, if there are any; must be called before any use of a device.
 
-  The three variables of VARIABLES say where the others are; without them TPU pods and Slurm are recognised, and
-  everything else is a run of one process.
+  The environment variables VARIABLES name them; without these, TPU pods and Slurm are recognised, and everything else
+  is a run of one process.
 
   Raises:
-    Refusal: some of the variables are missing or make no sense, or the others cannot be reached.
+    Refusal: some of the variables are missing or wrong, or the other processes cannot be reached.
   """
   given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
   if not (given or in_slurm() or on_tpu()):
@@ -35,59 +40,65 @@ def start():
   where = {}
   if given:
     where = dict(zip(("coordinator_address", "num_processes", "process_id"), _checked(given), strict=True))
-  jax.config.update("jax_enable_preemption_service", False)  # cpsc_jax.stop heeds SIGTERM
+  jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled by cpsc_jax.stop
   try:
     jax.distributed.initialize(
       **where, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS
     )
   except (RuntimeError, ValueError) as error:
-    raise Refusal(f"the processes of this run cannot be joined: {str(error).splitlines()[0]}") from error
+    raise Refusal(f"cannot connect to the other processes of this run: {str(error).splitlines()[0]}") from error
 
 
-def in_slurm():
-  """Whether this is one of several tasks that srun has started."""
+def in_slurm() -> bool:
+  """Whether this is one of several tasks started by srun."""
   return "SLURM_STEP_NODELIST" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1
 
 
-def on_tpu():
-  """Whether this machine has TPU chips and the library that drives them."""
+def on_tpu() -> bool:
+  """Whether this machine has TPU chips and their library."""
   return bool(importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 
 
-def _checked(given):
+def _checked(given: Mapping[str, str]) -> tuple[str, int, int]:
+  """(HOST:PORT, number of processes, index of this one)."""
   missing = [name for name in VARIABLES if name not in given]
   if missing:
     raise Refusal(f"{', '.join(given)} set without {', '.join(missing)}; set all three or none.")
   address, *numbers = given.values()
   if not all(number.isdecimal() for number in numbers) or not int(numbers[1]) < int(numbers[0]) or ":" not in address:
-    raise Refusal(f"{given} does not name a process: HOST:PORT, how many there are, and which of 0.. this is.")
-  return address, *map(int, numbers)
+    raise Refusal(
+      f"{VARIABLES[0]} must be HOST:PORT, {VARIABLES[1]} a number of processes, and {VARIABLES[2]} the index of this"
+      f" process, from 0 to that number less one; got {', '.join(given.values())}."
+    )
+  return address, int(numbers[0]), int(numbers[1])
 
 
-def single_process():
+def single_process() -> bool:
+  """Whether this process is the only one of the run."""
   return jax.process_count() == 1
 
 
-def lost_process(error):
-  """What to tell the user when a collective fails in a run of several processes."""
+def lost_process(error: Exception) -> str:
+  """The message to the user when a collective failed in a run of several processes."""
   return (
-    f"process {jax.process_index()} lost the others ({str(error).splitlines()[0][:200]}); JAX names the dead task here"
-    f" within {HEARTBEAT_SECONDS} s; the same command on all processes resumes from the last checkpoint."
+    f"process {jax.process_index()} lost contact with another process ({str(error).splitlines()[0][:200]}); JAX prints"
+    f" which one within {HEARTBEAT_SECONDS} s; run the same command on all processes again to resume from the last"
+    " checkpoint."
   )
 
 
-def is_primary():
-  """Whether this process is the one that writes and speaks."""
+def is_primary() -> bool:
+  """Whether this is process 0, the one that writes files and prints."""
   return jax.process_index() == 0
 
 
-def barrier(place):
-  """Waits until all processes are here; `place` names the spot in messages."""
-  multihost_utils.sync_global_devices(place)
+def barrier(name: str) -> None:
+  """Waits until all processes have called it; `name` must be the same on all and appears in error messages."""
+  multihost_utils.sync_global_devices(name)
 
 
-def primary_first(work):
-  """Process 0 does the work, then all others do: what is made once is then found."""
+def primary_first(work: Callable[[], object]) -> None:
+  """Calls `work` on process 0 and then on all others, which find the files that process 0 made."""
   if is_primary():
     work()
   barrier("process 0 is ready")
@@ -95,63 +106,65 @@ def primary_first(work):
     work()
 
 
-def broadcast(value):
-  """Process 0's value, an integer, on all processes."""
+def broadcast(value: int) -> int:
+  """The value of process 0, on all processes."""
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def any_process(wish):
-  """Whether any process wishes so: a scalar that is computed while the host goes on, to be read later."""
+def any_process(flag: bool) -> jax.Array | bool:
+  """Whether the flag is set on any process. The result is computed asynchronously: read it later."""
   if single_process():
-    return wish
+    return flag
   mesh = make_mesh()
-  wishes = jax.make_array_from_process_local_data(batch_sharding(mesh), np.full(jax.local_device_count(), wish))
-  return _any(replicated(mesh))(wishes)
+  flags = jax.make_array_from_process_local_data(batch_sharding(mesh), np.full(jax.local_device_count(), flag))
+  return _any(replicated(mesh))(flags)
 
 
 @functools.cache
-def _any(sharding):
-  return jax.jit(lambda wishes: wishes.any(), out_shardings=sharding)
+def _any(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(jnp.any, out_shardings=sharding)
 
 
-def make_mesh(devices=None):
-  """A mesh of all (or the given) devices along one axis named "data"."""
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of the given devices, by default all, along one axis named "data"."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding that puts whole arrays on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree, mesh):
-  """Puts a tree of arrays, the same on all processes, on every device of the mesh."""
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+  """The same tree with its arrays, equal on all processes, on every device of the mesh."""
   return place(tree, replicated(mesh))
 
 
-def place(tree, shardings):
-  """Puts a tree of arrays, the same on all processes, where a sharding or a tree of them (or of prefixes) says."""
+def place(tree: Tree, shardings: Tree) -> Tree:
+  """The same tree with its arrays, equal on all processes, placed by a sharding or by a prefix tree of shardings."""
 
-  def put(x, sharding):
+  def put(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    if isinstance(x, jax.Array) and x.is_fully_addressable and not single_process():
+      x = np.asarray(x)  # of an array on this process's devices, JAX 0.10 makes one whose shards cannot be saved
     return jax.device_put(x, sharding)
 
   return jax.tree.map(lambda sharding, part: jax.tree.map(lambda x: put(x, sharding), part), shardings, tree)
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding that splits arrays over the devices along their first axis."""
   return axis_sharding(mesh, 0)
 
 
-def axis_sharding(mesh, axis):
+def axis_sharding(mesh: Mesh, axis: int) -> NamedSharding:
   """The sharding that splits arrays over the devices along one axis."""
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def check_divisible(mesh, what, batch_size):
-  """Raises a Refusal unless `batch_size` splits evenly over the devices."""
+def check_divisible(mesh: Mesh, what: str, batch_size: int) -> None:
+  """Raises a Refusal, which calls the number `what`, unless `batch_size` splits evenly over the devices."""
   if batch_size < 1 or batch_size % mesh.size:
-    raise Refusal(
-      f"{what} is {batch_size}, which {mesh.size} devices cannot share evenly; set it to a multiple of {mesh.size}."
-    )
+    raise Refusal(f"{what} must be a positive multiple of {mesh.size}, the number of devices, got {batch_size}.")

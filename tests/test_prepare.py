@@ -45,10 +45,11 @@ def cifar_files(name, per_file=20):
       "coarse_label_names.txt": [f"coarse_{i:02d}" for i in range(20)],
       "fine_label_names.txt": [f"fine_{i:03d}" for i in range(100)],
     }
-  rows = lambda: np.concatenate(
-    [rng.integers(0, k, (per_file, 1)) for k in classes] + [rng.integers(0, 256, (per_file, 3072))], axis=1
-  )
-  files = {part: rows().astype(np.uint8).tobytes() for part in parts}
+  files = {}
+  for part in parts:
+    labels = [rng.integers(0, k, (per_file, 1)) for k in classes]
+    rows = np.concatenate([*labels, rng.integers(0, 256, (per_file, 3072))], axis=1)
+    files[part] = rows.astype(np.uint8).tobytes()
   return {**files, **{file: ("\n".join(listed) + "\n\n").encode() for file, listed in names.items()}}
 
 
@@ -103,7 +104,8 @@ def test_cifar10(tmp_path, cifar10, form):
   }[form]()
   data_dir = str(tmp_path / "d")
   prepare("cifar10", data_dir, str(source))
-  train, test = datasets.load_train("cifar10", data_dir), datasets.load_test("cifar10", data_dir)
+  data = datasets.find("cifar10", data_dir)
+  train, test = data.load_train("test"), data.load_evaluation("test")
   rows = np.concatenate(
     [np.frombuffer(cifar10[f"data_batch_{k}.bin"], np.uint8).reshape(-1, 3073) for k in range(1, 6)]
   )
@@ -121,7 +123,7 @@ def test_cifar100(tmp_path, monkeypatch):
   files = cifar_files("cifar100")
   as_original(monkeypatch, "cifar100", {"train": 20, "test": 20}, files)
   prepare("cifar100", str(tmp_path), str(pack(tmp_path / "c.tar.gz", "cifar-100-binary/", files)))
-  test = datasets.load_test("cifar100", str(tmp_path))
+  test = datasets.find("cifar100", str(tmp_path)).load_evaluation("test")
   rows = np.frombuffer(files["test.bin"], np.uint8).reshape(-1, 3074)
   assert sorted(np.asarray(test.labels)) == sorted(rows[:, 1]), "the fine labels"
   stock = tfds.data_source("cifar100", split="train", data_dir=str(tmp_path))
@@ -145,7 +147,7 @@ def test_svhn(tmp_path, monkeypatch):
     builders, "published_sha256", lambda name, url: builders.digest_of(mats / url.rsplit("/", 1)[1], "sha256")
   )
   prepare("svhn_cropped", str(tmp_path / "d"), str(mats))
-  test = datasets.load_test("svhn_cropped", str(tmp_path / "d"))
+  test = datasets.find("svhn_cropped", str(tmp_path / "d")).load_evaluation("test")
   assert pairs(test.images, test.labels) == pairs(images.transpose(3, 0, 1, 2), labels[:, 0] % 10), "10 is the digit 0"
   assert len(tfds.data_source("svhn_cropped", split="train", data_dir=str(tmp_path / "d"))) == 7
 
@@ -165,11 +167,11 @@ def test_checksums_of_the_stock_builders_are_at_hand():
 def tiny_files():
   """{file name: bytes} of a Tiny-ImageNet with one greyscale training image per class and one validation image."""
   wnids = [f"n{i:08d}" for i in range(200)]
-  image = lambda i: builders.png(np.full((64, 64), i, np.uint8))
+  images = [builders.png(np.full((64, 64), i, np.uint8)) for i in range(200)]
   return {
     "wnids.txt": "\n".join(reversed(wnids)).encode(),
-    **{f"train/{wnid}/images/{wnid}_0.JPEG": image(i) for i, wnid in enumerate(wnids)},
-    "val/images/val_0.JPEG": image(7),
+    **{f"train/{wnid}/images/{wnid}_0.JPEG": images[i] for i, wnid in enumerate(wnids)},
+    "val/images/val_0.JPEG": images[7],
     "val/val_annotations.txt": f"val_0.JPEG\t{wnids[7]}\t0\t0\t1\t1\n".encode(),
   }
 
@@ -190,8 +192,10 @@ def test_tiny_imagenet(tmp_path, monkeypatch, form):
       prepare("tiny_imagenet", data_dir, str(source))
     monkeypatch.setattr(builders.TinyImagenet, "MD5", builders.digest_of(source, "md5"))
   prepare("tiny_imagenet", data_dir, str(source))
-  train, validation = datasets.load_train("tiny_imagenet", data_dir), datasets.load_test("tiny_imagenet", data_dir)
-  assert validation.images.shape == (1, 64, 64, 3) and validation.labels.tolist() == [7]
+  data = datasets.find("tiny_imagenet", data_dir)
+  train, test = data.load_train("test"), data.load_evaluation("test")
+  assert test.images.shape == (1, 64, 64, 3) and test.labels.tolist() == [7], "the published validation split"
+  assert len(data.load_evaluation("validation")) == 40, "held out of the training split"
   assert np.array_equal(train.images[:, 0, 0, 1], train.labels), "classes are in the order of their ids"
 
 
@@ -202,9 +206,9 @@ def test_a_damaged_tiny_imagenet_is_refused(tmp_path, monkeypatch):
   for name, data, word in (
     (some, tiny_files()[some][:50], f"{some} is damaged"),
     (some, None, f"lacks {some}"),
-    (some, builders.png(np.zeros((32, 32), np.uint8)), f"{some} is 32x32, not 64x64"),
-    ("wnids.txt", b"\xff" * 20, "does not name the 200 classes"),
-    ("wnids.txt", b"n00000001\n", "does not name the 200 classes"),
+    (some, builders.png(np.zeros((32, 32), np.uint8)), f"{some} must be 64x64, got 32x32"),
+    ("wnids.txt", b"\xff" * 20, "does not list the 200 classes"),
+    ("wnids.txt", b"n00000001\n", "does not list the 200 classes"),
     ("val/val_annotations.txt", b"val_0.JPEG\n", "does not give every image a class"),
     ("val/val_annotations.txt", b"val_0.JPEG\tn00000200\n", "does not give every image a class"),
     ("val/val_annotations.txt", None, "val_annotations.txt"),
@@ -234,13 +238,13 @@ def test_wrong_cifar_sources_are_refused_and_leave_nothing(tmp_path, cifar10, mo
     with pytest.raises(Refusal, match=word):
       prepare("cifar10", str(tmp_path / "d"), str(file))
     assert not listing(tmp_path / "d")
-  with pytest.raises(Refusal, match="does not exist; --from takes cifar-10-binary.tar.gz or the folder"):
+  with pytest.raises(Refusal, match=r"does not exist; --from takes cifar-10-binary.tar.gz \(http.*\) or the folder"):
     prepare("cifar10", str(tmp_path / "d"), str(tmp_path / "gone"))
   with pytest.raises(Refusal, match="not the binary version"):
     prepare("cifar10", str(tmp_path / "d"), str(tmp_path))
   for names in (CIFAR10_NAMES[:9], CIFAR10_NAMES[::-1], [*CIFAR10_NAMES[:9], "ship"]):
     listed = {**cifar10, "batches.meta.txt": "\n".join(names).encode()}
-    with pytest.raises(Refusal, match="does not name the 10 classes"):
+    with pytest.raises(Refusal, match="does not list the 10 classes"):
       prepare("cifar10", str(tmp_path / "d"), str(unpack(tmp_path / "u", listed)))
   as_original(monkeypatch, "cifar10", {"train": 100, "test": 21})
   with pytest.raises(Refusal, match="splits"):
@@ -283,7 +287,7 @@ def download_from(monkeypatch, url):
 def test_online_the_archive_is_downloaded_by_tfds(tmp_path, server, monkeypatch):
   monkeypatch.setattr(builders.Cifar10, "MD5", {"test_batch.bin": "what the archive as a whole vouches for"})
   prepare("cifar10", str(tmp_path / "d"))
-  assert len(datasets.load_test("cifar10", str(tmp_path / "d"))) == 20 and server
+  assert len(datasets.find("cifar10", str(tmp_path / "d")).load_evaluation("test")) == 20 and server
   assert listing(tmp_path / "d") == ["cifar10", "downloads"]
 
 
@@ -301,7 +305,9 @@ def test_offline_is_refused_within_seconds(tmp_path, monkeypatch, server):
     ):
       download_from(monkeypatch, url)
       start = time.monotonic()
-      with pytest.raises(Refusal, match=r"cannot download .*get cifar-10-binary.tar.gz in another way .*--from"):
+      with pytest.raises(
+        Refusal, match=r"cannot download .*get cifar-10-binary.tar.gz in another way and pass it by --from"
+      ):
         prepare("cifar10", str(tmp_path / "d"))
       assert time.monotonic() - start < 5
   assert datasets.prepared("cifar10", str(tmp_path / "d")) is None
@@ -339,15 +345,15 @@ def test_a_folder_of_images(tmp_path, capsys):
   source, data_dir = flowers(tmp_path / "f"), str(tmp_path / "d")
   assert main(["flowers", "--data_dir", data_dir, "--from", str(source)]) == 0
   assert "3 classes, 8x8x3, 12 train, 6 test images" in capsys.readouterr().out
-  spec = datasets.describe("flowers", data_dir)
+  spec = datasets.find("flowers", data_dir).spec
   assert (spec.num_classes, spec.image_shape, spec.sizes, spec.photographs) == (
     3,
     (8, 8, 3),
     {"train": 12, "test": 6},
     True,
   )
-  for split, load in (("train", datasets.load_train), ("test", datasets.load_test)):
-    ours = load("flowers", data_dir)
+  data = datasets.find("flowers", data_dir)
+  for split, ours in (("train", data.load_train("test")), ("test", data.load_evaluation("test"))):
     files = [
       (np.asarray(Image.open(f)), label)
       for label, name in enumerate(["aster", "rose", "tulip"])
@@ -361,15 +367,19 @@ def test_a_folder_of_images(tmp_path, capsys):
   names = tfds.builder_from_directory(os.path.join(data_dir, "flowers", "1.0.0")).info.features["label"].names
   assert names == ["aster", "rose", "tulip"]
   assert main(["flowers", "--data_dir", data_dir, "--from", str(source)]) == 0
-  assert "is there already; delete" in capsys.readouterr().out
+  assert "is prepared already; delete" in capsys.readouterr().out
   assert listing(tmp_path / "d") == ["flowers"]
 
 
 def test_without_a_training_split(tmp_path):
   prepare("flowers", str(tmp_path / "d"), str(flowers(tmp_path / "f", [("test", 2)])), photographs=False)
-  spec = datasets.describe("flowers", str(tmp_path / "d"))
+  spec = datasets.find("flowers", str(tmp_path / "d")).spec
   assert spec.sizes == {"test": 6} and spec.mean is None and spec.std is None and not spec.photographs
-  assert len(datasets.load_test("flowers", str(tmp_path / "d"))) == 6
+  data = datasets.find("flowers", str(tmp_path / "d"))
+  assert len(data.load_evaluation("test")) == 6
+  for load, word in ((data.load_train, "no training split"), (data.load_evaluation, "no training split to hold")):
+    with pytest.raises(Refusal, match=f"data set 'flowers' has {word}"):
+      load("validation")
 
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -397,7 +407,7 @@ def test_every_kind_of_image(tmp_path, picture, options, want):
   write(folder / "test" / "aster" / "0.PNG", picture, **{"format": "PNG", **options})
   os.remove(folder / "test" / "aster" / "0.png")
   prepare("flowers", str(tmp_path / "d"), str(folder))
-  test = datasets.load_test("flowers", str(tmp_path / "d"))
+  test = datasets.find("flowers", str(tmp_path / "d")).load_evaluation("test")
   (image,) = np.asarray(test.images)[np.asarray(test.labels) == 0]
   if want is None:
     assert image.shape == (8, 8, 3) and np.abs(image.astype(int) - COLOUR).max() < 20
@@ -415,9 +425,9 @@ def test_channels(tmp_path):
   ):
     data_dir = str(tmp_path / f"{source.name}{channels}")
     prepare("flowers", data_dir, str(source), channels=channels)
-    spec = datasets.describe("flowers", data_dir)
+    spec = datasets.find("flowers", data_dir).spec
     assert spec.channels == want == len(spec.mean) == len(spec.std)
-    assert datasets.load_test("flowers", data_dir).images.shape == (6, 8, 8, want)
+    assert datasets.find("flowers", data_dir).load_evaluation("test").images.shape == (6, 8, 8, want)
 
 
 def test_image_size(tmp_path):
@@ -428,28 +438,28 @@ def test_image_size(tmp_path):
     write(folder / "test" / name / "wide.png", wide)
     write(folder / "test" / name / "square.png", np.full((10, 10, 3), 200, np.uint8))
   refused(folder, r"wide.png is 60x20, .*square.png is 10x10; images must be square .*--image_size")
-  refused(folder, "must be at least 1", image_size=0)
+  refused(folder, "--image_size must be at least 1, got 0", image_size=0)
   prepare("flowers", str(tmp_path / "d"), str(folder), image_size=10)
-  images = np.asarray(datasets.load_test("flowers", str(tmp_path / "d")).images)
+  images = np.asarray(datasets.find("flowers", str(tmp_path / "d")).load_evaluation("test").images)
   assert images.shape == (4, 10, 10, 3) and images.min() > 180, "resized, and the middle is kept"
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-  refused(tmp_path / "gone", "is no folder")
+  refused(tmp_path / "gone", "gone is not a folder")
   (tmp_path / "file").write_text("")
-  refused(tmp_path / "file", "is no folder")
-  refused(flowers(tmp_path / "a", [("train", 1)]), r"there is no .*a/test; --from takes a folder with test/CLASS")
-  refused(flowers(tmp_path / "b", [("test", 1)], classes=("rose",)), "has 1 class folder")
+  refused(tmp_path / "file", "file is not a folder")
+  refused(flowers(tmp_path / "a", [("train", 1)]), r"a/test does not exist; --from takes a folder with test/CLASS")
+  refused(flowers(tmp_path / "b", [("test", 1)], classes=("rose",)), "must have at least two class folders, got 1")
   refused(
-    flowers(flowers(tmp_path / "c"), [("train", 1)], classes=("iris",)), "class 'iris' is in only one of .*train and"
+    flowers(flowers(tmp_path / "c"), [("train", 1)], classes=("iris",)), "class 'iris' is only in one of .*train and"
   )
-  refused(flowers(flowers(tmp_path / "d"), [("test", 1)], classes=("iris",)), "class 'iris' is in only one of")
+  refused(flowers(flowers(tmp_path / "d"), [("test", 1)], classes=("iris",)), "class 'iris' is only in one of")
   write(flowers(tmp_path / "e") / "train" / "0.png", GREY)
-  refused(tmp_path / "e", "0.png lies beside the class folders")
+  refused(tmp_path / "e", "0.png is not in a class folder; move it to")
   (flowers(tmp_path / "f") / "train" / "rose" / "notes.txt").write_text("")
-  refused(tmp_path / "f", "notes.txt is not named as a .png, .jpg, .jpeg image")
+  refused(tmp_path / "f", "notes.txt does not end in .png, .jpg, .jpeg")
   (flowers(tmp_path / "g") / "train" / "rose" / "deeper").mkdir()
-  refused(tmp_path / "g", "deeper is not named as")
+  refused(tmp_path / "g", "deeper does not end in")
   for kept in (flowers(tmp_path / "h") / "test" / "rose").iterdir():
     kept.unlink()
   refused(tmp_path / "h", "rose has no images")
@@ -467,7 +477,7 @@ def test_damaged_images_are_named(tmp_path):
   ):
     folder = flowers(tmp_path / str(number))
     (folder / "train" / "tulip" / "2.png").write_bytes(data)
-    refused(folder, "train/tulip/2.png is damaged or no PNG or JPEG")
+    refused(folder, "train/tulip/2.png is damaged or not a PNG or JPEG")
 
 
 def test_hidden_files_are_passed_over(tmp_path):
@@ -475,19 +485,20 @@ def test_hidden_files_are_passed_over(tmp_path):
   for place in (folder, folder / "test", folder / "test" / "rose"):
     (place / ".DS_Store").write_bytes(b"x")
   prepare("flowers", str(tmp_path / "d"), str(folder))
-  assert datasets.describe("flowers", str(tmp_path / "d")).sizes == {"train": 12, "test": 6}
+  assert datasets.find("flowers", str(tmp_path / "d")).spec.sizes == {"train": 12, "test": 6}
 
 
 def test_names(tmp_path, capsys):
   source = str(flowers(tmp_path / "f"))
   for name in ("Flowers", "my flowers", "../flowers", "/flowers", "flo-wers", "1st", "", "downloads"):
     assert main([name, "--data_dir", str(tmp_path / "d"), "--from", source]) == 2
-    assert "cannot name a data set" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the name of a data set must be lower-case letters" in error and f"got '{name}'" in error
   assert main(["cifar10", "--data_dir", str(tmp_path / "d"), "--from", source]) == 2
   assert "not the binary version of 'cifar10'" in capsys.readouterr().err
   for flag in (["--image_size", "8"], ["--channels", "1"], ["--no_flip"]):
     assert main(["cifar10", "--data_dir", str(tmp_path / "d"), "--from", source, *flag]) == 2
-    assert "are for data sets of your own" in capsys.readouterr().err
+    assert "are for data sets of your own, not for 'cifar10'" in capsys.readouterr().err
   assert main(["cifar11", "--data_dir", str(tmp_path / "d")]) == 2
   assert "no data set 'cifar11'; choose one of digits, cifar10" in capsys.readouterr().err
   assert not listing(tmp_path / "d")
@@ -500,7 +511,7 @@ def test_a_constant_channel_can_be_normalised(tmp_path):
     pixels[..., 2] = 0
     write(file, pixels)
   prepare("flowers", str(tmp_path / "d"), str(folder))
-  spec = datasets.describe("flowers", str(tmp_path / "d"))
+  spec = datasets.find("flowers", str(tmp_path / "d")).spec
   assert spec.mean[2] == 0.0 and spec.std[2] == 1.0
 
 
@@ -513,19 +524,19 @@ def test_what_was_prepared_is_checked_when_it_is_read(tmp_path):
   for damage in (lambda: records.write_bytes(whole[: len(whole) // 2]), records.unlink):
     damage()
     with pytest.raises(Refusal, match=f"{folder} is damaged .*delete it and prepare 'flowers' again"):
-      datasets.load_test("flowers", data_dir)
+      datasets.find("flowers", data_dir).load_evaluation("test")
   info = json.loads((folder / "dataset_info.json").read_text())
   (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
   with pytest.raises(Refusal, match="written as tfrecord, which only TensorFlow reads"):
-    datasets.require("flowers", data_dir)
+    datasets.find("flowers", data_dir).require()
   with pytest.raises(Refusal, match="written as tfrecord"):
     prepare("flowers", data_dir, str(tmp_path / "f"))
   (folder / "dataset_info.json").write_text("{")
   with pytest.raises(Refusal, match="is damaged .*delete it and prepare 'flowers' again"):
-    datasets.require("flowers", data_dir)
+    datasets.find("flowers", data_dir).require()
   (folder / "metadata.json").write_text('{"num_classes": 3}')
-  with pytest.raises(Refusal, match=r"metadata.json is not what preparing data set 'flowers' writes"):
-    datasets.require("flowers", data_dir)
+  with pytest.raises(Refusal, match=r"metadata.json was not written by preparing data set 'flowers'"):
+    datasets.find("flowers", data_dir).require()
 
 
 # Interrupted, at once, and without room.
@@ -552,9 +563,9 @@ def test_killed_preparation_never_looks_finished(tmp_path, many):
     assert listing(tmp_path) == [".flowers.lock", ".flowers.partial"]
     assert datasets.prepared("flowers", str(tmp_path)) is None
     with pytest.raises(Refusal, match="no data set 'flowers'"):
-      datasets.require("flowers", str(tmp_path))
+      datasets.find("flowers", str(tmp_path)).require()
   prepare("flowers", str(tmp_path), str(many))
-  assert len(datasets.load_test("flowers", str(tmp_path))) == 300
+  assert len(datasets.find("flowers", str(tmp_path)).load_evaluation("test")) == 300
   assert listing(tmp_path) == ["flowers"], "what the dead left is gone"
 
 
@@ -608,8 +619,8 @@ def test_real_cifar10(tmp_path):
   subprocess.run([sys.executable, script, "cifar10-npz", tmp_path], check=True)
   archive = next(pathlib.Path(tmp_path).glob("*.tar.gz"))
   prepare("cifar10", str(tmp_path / "d"), str(archive))
-  for split, load in (("train", datasets.load_train), ("test", datasets.load_test)):
-    ours = load("cifar10", str(tmp_path / "d"))
+  data = datasets.find("cifar10", str(tmp_path / "d"))
+  for split, ours in (("train", data.load_train("test")), ("test", data.load_evaluation("test"))):
     with np.load(tmp_path / f"cifar10_{split}.npz") as real:
       assert pairs(ours.images, ours.labels) == pairs(real["image"], real["label"])
 
@@ -621,7 +632,7 @@ def test_twenty_classes_of_tiny_imagenet(tmp_path, splits):
   if "train" not in splits:
     shutil.rmtree(source / "train")
   prepare("tiny20", str(tmp_path / "d"), str(source))
-  spec = datasets.describe("tiny20", str(tmp_path / "d"))
+  spec = datasets.find("tiny20", str(tmp_path / "d")).spec
   assert spec.image_shape == (64, 64, 3) and spec.sizes == {s: {"train": 10000, "test": 1000}[s] for s in splits}
-  test = datasets.load_test("tiny20", str(tmp_path / "d"))
+  test = datasets.find("tiny20", str(tmp_path / "d")).load_evaluation("test")
   assert np.bincount(test.labels).tolist() == [50] * 20

@@ -1,54 +1,48 @@
-"""The data sets, and their splits as device-resident arrays.
+"""Data sets, and their splits as arrays on the device.
 
-A data set is a row of DATASETS with a TFDS builder, or a folder of images that `datasets.prepare` took in under a name
-of the user's. array_record files are read without TensorFlow. `load_test` serves evaluation; `load_train` is for
-`cpsc_jax.teach` alone.
+`find` returns the prepared data set of a name: a row of DATASETS, or a folder of images that was prepared under a name
+of the user's. `InMemory` makes a data set of arrays. Both are a `Data`, whose `load_evaluation` is for evaluation and
+whose `load_train` is for `cpsc_jax.teach` alone. Prepared files are array_record and are read without TensorFlow.
 """
 
-import dataclasses
 import json
 import logging
 import os
+import time
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
+from cpsc_jax.datasets.arrays import InMemory
+from cpsc_jax.datasets.data import EVALUATION_SPLITS, Data, Dataset, Split, is_held_out
 from cpsc_jax.errors import Refusal, first_line
+from cpsc_jax.progress import SECONDS_BETWEEN_LINES, say
+
+if TYPE_CHECKING:
+  import tensorflow_datasets as tfds
+
+__all__ = [
+  "DATASETS",
+  "EVALUATION_SPLITS",
+  "Data",
+  "Dataset",
+  "InMemory",
+  "Prepared",
+  "Split",
+  "augment",
+  "denormalise",
+  "find",
+  "is_held_out",
+  "normalise",
+]
 
 FILE_FORMAT = "array_record"
-OWN_VERSION = "1.0.0"  # of data sets of the user's; TFDS wants one
-OWN_RECORD = "metadata.json"  # where TFDS keeps what a builder has to add: here, the `Dataset` of such a data set
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """What is known about a data set before it is opened.
-
-  Attributes:
-    num_classes, image_size, channels: the shape of the problem; images are square.
-    mean, std: per channel, of training pixels scaled to [0, 1]; what a teacher trained here is normalised with. None
-      without a training split: a given teacher brings its own.
-    sizes: images in each split; without "train" there is no training split.
-    test_split: the split that is evaluated on.
-    photographs: whether random crops and flips keep the label; digits do not survive a flip.
-    bundled: prepared by itself on first use, from an installed package.
-  """
-
-  num_classes: int
-  image_size: int
-  channels: int
-  mean: tuple[float, ...] | None
-  std: tuple[float, ...] | None
-  sizes: dict[str, int]
-  test_split: str = "test"
-  photographs: bool = True
-  bundled: bool = False
-
-  @property
-  def image_shape(self):
-    return (self.image_size, self.image_size, self.channels)
-
+OWN_VERSION = "1.0.0"  # of data sets prepared from the user's images; TFDS requires one
+OWN_RECORD = "metadata.json"  # where TFDS stores the metadata of a builder: here, the `Dataset` of such a data set
+READ_AT_ONCE = 500  # images
 
 DATASETS = {
   "digits": Dataset(10, 8, 1, (0.3057,), (0.3762,), {"train": 1343, "test": 454}, photographs=False, bundled=True),
@@ -63,75 +57,81 @@ DATASETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """images (N, H, W, K) uint8 and labels (N,) int32 on the device."""
+class Prepared(Data):
+  """A data set that was prepared under `data_dir`, or a bundled one, which is prepared there on first use."""
 
-  images: jax.Array
-  labels: jax.Array
+  def __init__(self, name: str, data_dir: str):
+    """Raises a Refusal if the name is neither a row of DATASETS nor that of a data set prepared in `data_dir`."""
+    self.name, self.data_dir = name, resolve_data_dir(data_dir)
+    self.spec = DATASETS[name] if name in DATASETS else _read_record(name, self.data_dir)
 
-  def __len__(self):
-    return self.labels.shape[0]
+  def builder(self) -> "tfds.core.DatasetBuilder":
+    """The TFDS builder that reads the data set, found within seconds and without a network.
 
-  def put(self, sharding):
-    """The same split, placed by a sharding."""
-    return Split(*jax.device_put((self.images, self.labels), sharding))
+    Raises:
+      Refusal: not prepared, or damaged; the message names the preparing command.
+    """
+    if self.spec.bundled and not prepared(self.name, self.data_dir):
+      from cpsc_jax.datasets.prepare import prepare
+
+      prepare(self.name, self.data_dir)
+    builder = prepared(self.name, self.data_dir)
+    if not builder:
+      raise Refusal(
+        f"data set '{self.name}' is not prepared in {self.data_dir}; run: cpsc-jax prepare {self.name}"
+        f" --data_dir {self.data_dir} --from ARCHIVE"
+      )
+    check(builder, self.spec)
+    return builder
+
+  def require(self) -> None:
+    self.builder()
+
+  def class_names(self) -> list[str]:
+    return list(self.builder().info.features["label"].names)
+
+  def _load(self, split: str, rows: np.ndarray | None = None) -> Split:
+    builder = self.builder()
+    try:
+      source = builder.as_data_source(split=split)
+      rows = np.arange(len(source)) if rows is None else rows
+      images = np.empty((len(rows), *self.spec.image_shape), np.uint8)
+      labels = np.empty((len(rows),), np.int32)
+      last_line = time.monotonic()
+      for start in range(0, len(rows), READ_AT_ONCE):
+        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+          say(f"reading {self.name}: {start:,} of {len(rows):,} images")
+          last_line = time.monotonic()
+        for i, example in enumerate(source.__getitems__(rows[start : start + READ_AT_ONCE].tolist()), start):
+          images[i], labels[i] = example["image"], example["label"]
+    except Exception as error:  # array_record and TFDS raise various types for missing and damaged files
+      raise Refusal(
+        f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{self.name}' again."
+      ) from error
+    return Split(jnp.asarray(images), jnp.asarray(labels))
 
 
-def describe(name, data_dir):
-  """What is known about data set `name`: its row of DATASETS, or what was prepared under `data_dir` by that name.
+def find(name: str, data_dir: str) -> Data:
+  """The data set of a name: a row of DATASETS, or what was prepared under `data_dir` by that name. Opens no images.
 
   Raises:
-    Refusal: neither is there, or what is there cannot be read.
+    Refusal: neither exists, or what was prepared cannot be read.
   """
-  if name in DATASETS:
-    return DATASETS[name]
-  path = os.path.join(resolve_data_dir(data_dir), name, OWN_VERSION, OWN_RECORD)
-  try:
-    with open(path) as file:
-      return Dataset(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.load(file).items()})
-  except (FileNotFoundError, NotADirectoryError) as error:
-    raise Refusal(
-      f"no data set '{name}'; choose one of {', '.join(DATASETS)}, or prepare your own: python -m"
-      f" cpsc_jax.datasets.prepare {name} --data_dir {resolve_data_dir(data_dir)} --from FOLDER"
-    ) from error
-  except (OSError, ValueError, TypeError) as error:
-    raise Refusal(f"{path} is not what preparing data set '{name}' writes ({error}); prepare it again.") from error
+  return Prepared(name, data_dir)
 
 
-def resolve_data_dir(data_dir):
-  """The directory that prepared data sets live in: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+def resolve_data_dir(data_dir: str) -> str:
+  """The folder of prepared data sets, absolute: as given, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
   return os.path.abspath(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
-def require(name, data_dir):
-  """The TFDS builder that reads a data set, found at once and offline; bundled ones are prepared here.
+def prepared(name: str, data_dir: str) -> "tfds.core.DatasetBuilder | None":
+  """A TFDS builder that reads what is prepared as `name` under `data_dir`, or None if nothing is.
 
   Raises:
-    Refusal: unknown name, or not prepared; the message names the preparing command.
+    Refusal: what is prepared is damaged.
   """
-  spec, data_dir = describe(name, data_dir), resolve_data_dir(data_dir)
-  if spec.bundled and not prepared(name, data_dir):
-    from cpsc_jax.datasets.prepare import prepare
-
-    prepare(name, data_dir)
-  builder = prepared(name, data_dir)
-  if not builder:
-    raise Refusal(
-      f"data set '{name}' is not prepared in {data_dir}; run: python -m cpsc_jax.datasets.prepare {name}"
-      f" --data_dir {data_dir} --from ARCHIVE"
-    )
-  check(builder, spec)
-  return builder
-
-
-def prepared(name, data_dir):
-  """A TFDS builder that reads what is prepared as `name` under `data_dir`, or None where nothing is.
-
-  Raises:
-    Refusal: something is, but it is damaged.
-  """
-  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what it could do better with other packages
+  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns about optional packages
   import tensorflow_datasets as tfds
 
   from cpsc_jax.datasets import builders
@@ -141,16 +141,17 @@ def prepared(name, data_dir):
     return None
   try:
     return tfds.builder_from_directory(folder)
-  except Exception as error:  # TFDS raises assorted types
+  except Exception as error:  # TFDS raises various types
     raise Refusal(f"{folder} is damaged ({first_line(error)}); delete it and prepare '{name}' again.") from error
 
 
-def check(builder, spec):
+def check(builder: "tfds.core.DatasetBuilder", spec: Dataset) -> None:
   """Raises a Refusal unless what a TFDS builder wrote has the splits of `spec` and can be read without TensorFlow."""
   have = {split: info.num_examples for split, info in builder.info.splits.items()}
   if any(have.get(split) != size for split, size in spec.sizes.items()):
     raise Refusal(
-      f"data set '{builder.name}' has splits {have}, not {spec.sizes}; delete {builder.data_dir} and prepare it again."
+      f"data set '{builder.name}' should have splits {spec.sizes}, but {builder.data_dir} has {have}; delete it and"
+      " prepare it again."
     )
   if builder.info.file_format.value != FILE_FORMAT:
     raise Refusal(
@@ -159,35 +160,23 @@ def check(builder, spec):
     )
 
 
-def load_test(name, data_dir):
-  """The split of `name` that is evaluated on, whole, as a `Split`."""
-  return _load(name, describe(name, data_dir).test_split, data_dir)
-
-
-def load_train(name, data_dir):
-  """The training split. Data-free code must not call this: tests hold that only `cpsc_jax.teach` does."""
-  return _load(name, "train", data_dir)
-
-
-def class_names(name, data_dir):
-  """What the classes are called, in the order of their labels."""
-  return list(require(name, data_dir).info.features["label"].names)
-
-
-def normalise(images, mean, std):
+def normalise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:
   """uint8 (..., K) -> float32, (x / 255 - mean) / std per channel."""
   return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def denormalise(x, mean, std):
+def denormalise(x: ArrayLike, mean: ArrayLike, std: ArrayLike) -> np.ndarray:
   """The inverse of `normalise` for display: values in [0, 1], clipped."""
   return np.clip(np.asarray(x) * np.asarray(std) + np.asarray(mean), 0.0, 1.0)
 
 
-def augment(key, images, pad, flip, fill=0):
-  """Random crops after padding by `pad` pixels of `fill` and, if `flip`, random horizontal flips of (N, H, W, K).
+def augment(key: jax.Array, images: jax.Array, pad: int, flip: bool, fill: ArrayLike = 0) -> jax.Array:
+  """Random crops and, if `flip`, random horizontal flips of images (N, H, W, K).
 
-  `fill` is a number or one per channel, black in the images' own scale.
+  Args:
+    key: of this use alone.
+    pad: a crop may be shifted by so many pixels in each direction.
+    fill: what the shift brings in, a number or one per channel: black in the images' own scale.
   """
   key_crop, key_flip = jax.random.split(key)
   if pad:
@@ -195,7 +184,10 @@ def augment(key, images, pad, flip, fill=0):
     canvas = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (n, h + 2 * pad, w + 2 * pad, k))
     padded = canvas.at[:, pad : pad + h, pad : pad + w].set(images)
     corners = jax.random.randint(key_crop, (n, 2), 0, 2 * pad + 1)
-    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, k))
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, k))
+
     images = jax.vmap(crop)(padded, corners)
   if flip:
     flipped = jax.random.bernoulli(key_flip, shape=(images.shape[0], 1, 1, 1))
@@ -203,16 +195,20 @@ def augment(key, images, pad, flip, fill=0):
   return images
 
 
-def _load(name, split, data_dir):
-  builder = require(name, data_dir)
+def _read_record(name: str, data_dir: str) -> Dataset:
+  """The `Dataset` of a folder of images that was prepared as `name`."""
+  path = os.path.join(data_dir, name, OWN_VERSION, OWN_RECORD)
   try:
-    source = builder.as_data_source(split=split)
-    images = np.empty((len(source), *describe(name, data_dir).image_shape), np.uint8)
-    labels = np.empty((len(source),), np.int32)
-    for i, example in enumerate(source):
-      images[i], labels[i] = example["image"], example["label"]
-  except Exception as error:  # array_record and TFDS raise assorted types for missing and damaged files
+    with open(path) as file:
+      return Dataset(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.load(file).items()})
+  except (FileNotFoundError, NotADirectoryError) as error:
     raise Refusal(
-      f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{name}' again."
+      f"no data set '{name}'; choose one of {', '.join(DATASETS)}, or prepare your own: cpsc-jax prepare {name}"
+      f" --data_dir {data_dir} --from FOLDER"
     ) from error
-  return Split(jnp.asarray(images), jnp.asarray(labels))
+  except (OSError, ValueError, TypeError) as error:
+    raise Refusal(f"{path} was not written by preparing data set '{name}' ({error}); prepare it again.") from error
+
+
+def describe(name: str, data_dir: str) -> Dataset:
+  return find(name, data_dir).spec  # for launch/aot.py, until it calls find

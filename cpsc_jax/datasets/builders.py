@@ -1,7 +1,7 @@
 """TFDS builders that read original archives, or folders of images, without TensorFlow and write array_record files.
 
-The CIFAR and SVHN builders carry the stock builders' names, versions and features, so that what they prepare is what
-`tfds.data_source` reads.
+The CIFAR and SVHN builders have the names, versions and features of the builders that come with TFDS, so that
+`tfds.data_source` reads what they prepare.
 """
 
 import dataclasses
@@ -14,9 +14,11 @@ import threading
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from cpsc_jax.datasets import FILE_FORMAT, OWN_VERSION, folders
@@ -27,32 +29,33 @@ UNREADABLE = (OSError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile,
 
 
 class FromArchive:
-  """Mixin: `source` is the original archive or the folder unpacked from it; None lets TFDS download the archive."""
+  """Mixin: `source` is the original archive or the folder unpacked from it; with None TFDS downloads the archive."""
 
-  source = None
+  source: str | None = None
 
   def _fetch(self, dl_manager, url):
-    """The path that the user gave, or that of what TFDS downloads from `url`, whose checksum it knows."""
+    """The path that the user gave, or the file that TFDS downloads from `url` and checks."""
     file = url.rsplit("/", 1)[1]
     if self.source is None:
       try:
         check_answers(url)
         return pathlib.Path(dl_manager.download(url))
-      except Exception as error:  # TFDS raises assorted types
+      except Exception as error:  # TFDS raises various types
         raise Refusal(
-          f"cannot download {url} ({first_line(error)}); get {file} in another way and name it with --from."
+          f"cannot download {url} ({first_line(error)}); get {file} in another way and pass it by --from."
         ) from error
     path = pathlib.Path(self.source)
     if not path.exists():
-      raise Refusal(f"{path} does not exist; --from takes {file} or the folder unpacked from it ({url}).")
+      raise Refusal(f"{path} does not exist; --from takes {file} ({url}) or the folder unpacked from it.")
     return path
 
   def _name_classes(self, key, names, path):
-    """Enters the class names of feature `key`; those of every archive here are in alphabetical order."""
+    """Sets the class names of feature `key`; in every archive here they are in alphabetical order."""
     feature = self.info.features[key]
     if len(names) != feature.num_classes or names != sorted(set(names)):
       raise Refusal(
-        f"{path} does not name the {feature.num_classes} classes of '{self.name}' ({key}) in order; get it again."
+        f"{path} does not list the {feature.num_classes} classes of '{self.name}' ({key}) in alphabetical order; get it"
+        " again."
       )
     feature.names = names
 
@@ -85,7 +88,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _Cifar(FromArchive):
-  """Reads the binary version: the archive as published, or its parts, whose MD5 sums are known, packed in any way."""
+  """Reads the binary version: the published archive, or its files packed in another way, with known MD5 sums."""
 
   def _split_generators(self, dl_manager):
     info = self._cifar_info
@@ -102,10 +105,10 @@ class _Cifar(FromArchive):
       check_digest(f"{name} in {path}", hashlib.md5(files[name]).hexdigest(), md5, info.url)
     for key, name in zip(info.label_keys, info.label_files, strict=True):
       self._name_classes(key, files[name].decode(errors="replace").split(), path)
-    join = lambda names: b"".join(files[n] for n in names)
+    train, test = (b"".join(files[name] for name in names) for names in (info.train_files, info.test_files))
     return {
-      "train": self._generate_examples("train_", join(info.train_files)),
-      "test": self._generate_examples("test_", join(info.test_files)),
+      "train": self._generate_examples("train_", train),
+      "test": self._generate_examples("test_", test),
     }
 
   def _generate_examples(self, prefix, data):
@@ -134,7 +137,7 @@ class Cifar100(_Cifar, tfds.image_classification.Cifar100, skip_registration=Tru
 
 
 class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Reads a folder with train_32x32.mat, test_32x32.mat and extra_32x32.mat, the last one optional."""
+  """Reads a folder with train_32x32.mat, test_32x32.mat and, optionally, extra_32x32.mat."""
 
   name = "svhn_cropped"
   VERSION = tfds.core.Version("3.1.0")
@@ -170,7 +173,7 @@ class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registratio
 class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Tiny-ImageNet-200: 200 classes, 64x64; greyscale images become RGB.
 
-  Classes are in the order of their WordNet ids, as torchvision's ImageFolder numbers them, not in that of wnids.txt.
+  Classes are numbered in the order of their WordNet ids, as torchvision's ImageFolder does, not as in wnids.txt.
   """
 
   name = "tiny_imagenet"
@@ -190,12 +193,12 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
       check_digest(path, digest_of(path, "md5"), self.MD5, self.URL)
     try:
       read = opener(path, "tiny-imagenet-200/")
-      text = lambda name: read(name).decode(errors="replace")
-      wnids = sorted(text("wnids.txt").split())
-      lines = [line.split("\t") for line in text("val/val_annotations.txt").splitlines()]
+      wnids = sorted(read("wnids.txt").decode(errors="replace").split())
+      annotations = read("val/val_annotations.txt").decode(errors="replace")
     except UNREADABLE as error:
       raise Refusal(f"{path} is not '{self.name}' ({first_line(error)}); get it from {self.URL}.") from error
     self._name_classes("label", wnids, path)
+    lines = [line.split("\t") for line in annotations.splitlines()]
     classes = {line[0]: line[1] for line in lines if len(line) > 1}
     if not classes or set(classes.values()) - set(wnids):
       raise Refusal(f"val/val_annotations.txt in {path} does not give every image a class; get it again.")
@@ -214,12 +217,12 @@ class TinyImagenet(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registrati
         raise Refusal(f"'{self.name}' lacks {name} ({first_line(error)}); unpack it again.") from error
       image = folders.read(data, mode="RGB", where=name)
       if image.size != (64, 64):
-        raise Refusal(f"{name} is {image.width}x{image.height}, not 64x64; unpack '{self.name}' again.")
+        raise Refusal(f"{name} must be 64x64, got {image.width}x{image.height}; unpack '{self.name}' again.")
       yield name, {"image": png(image), "label": wnid}
 
 
 class Folder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A data set of the user's, from what `folders.survey` found; its `Dataset` is kept with it."""
+  """A data set of the user's, from what `folders.survey` found; its `Dataset` is stored with it."""
 
   VERSION = tfds.core.Version(OWN_VERSION)
 
@@ -253,15 +256,15 @@ BUILDERS = {
 }
 
 
-def from_archive(name, data_dir, source):
-  """The builder of a row of DATASETS, to write under `data_dir` what it reads from `source`."""
+def from_archive(name: str, data_dir: str, source: str | None) -> tfds.core.DatasetBuilder:
+  """The builder that writes under `data_dir` the row `name` of DATASETS, read from the archive or folder `source`."""
   builder = BUILDERS[name](data_dir=data_dir, file_format=FILE_FORMAT)
   builder.source = source
   return builder
 
 
-def from_folder(name, data_dir, found, image_size):
-  """The builder of a data set of the user's, to write under `data_dir` what `folders.survey` found."""
+def from_folder(name: str, data_dir: str, found: folders.Survey, image_size: int | None) -> tfds.core.DatasetBuilder:
+  """The builder that writes under `data_dir`, as `name`, the images that `folders.survey` found."""
   return Folder(name, found, image_size, data_dir=data_dir, file_format=FILE_FORMAT)
 
 
@@ -279,55 +282,57 @@ def _image_info(builder, description, shape, num_classes, metadata=None):
   )
 
 
-def png(image):
-  """A uint8 image (H, W) or (H, W, K) as encoded bytes, the one form that TFDS stores without TensorFlow."""
+def png(image: ArrayLike | Image.Image) -> bytes:
+  """A uint8 image (H, W) or (H, W, K) as PNG, the form that TFDS stores without TensorFlow."""
   image = np.asarray(image)
   buffer = io.BytesIO()
   Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image).save(buffer, "PNG")
   return buffer.getvalue()
 
 
-def opener(path, prefix):
-  """name -> bytes of the file prefix + name in a .tar.gz or .zip, or of the same in a folder unpacked from it."""
+def opener(path: pathlib.Path, prefix: str) -> Callable[[str], bytes]:
+  """name -> content of the file prefix + name in a .tar.gz or .zip, or in a folder unpacked from it."""
   if path.is_dir():
     root = path / prefix if (path / prefix).is_dir() else path
     return lambda name: (root / name).read_bytes()
   if zipfile.is_zipfile(path):
     archive = zipfile.ZipFile(path)
     return lambda name: archive.read(prefix + name)
-  with tarfile.open(path) as archive:  # in the order of the archive: any other would unpack it again and again
+  with tarfile.open(path) as archive:  # in the order of the archive; in any other it is unpacked again for each file
     inside = (member for member in archive if member.isfile() and member.name.startswith(prefix))
     files = {member.name: archive.extractfile(member).read() for member in inside}
   return lambda name: files[prefix + name]
 
 
-def digest_of(path, algorithm):
+def digest_of(path: str | pathlib.Path, algorithm: str) -> str:
+  """The hex digest of a file; `algorithm` as in hashlib."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def published_sha256(name, url):
-  """What TFDS has on record for the stock data set `name`."""
+def published_sha256(name: str, url: str) -> str:
+  """The checksum that TFDS has on record for a file of its data set `name`."""
   return tfds.builder_cls(name).url_infos[url].checksum
 
 
-def check_digest(what, have, want, url):
+def check_digest(what: str | pathlib.Path, have: str, want: str, url: str) -> None:
+  """Raises a Refusal unless both digests are equal."""
   if have != want:
     raise Refusal(f"{what} is not the original (checksum {have}, not {want}); get it again from {url}.")
 
 
-def check_answers(url):
-  """Raises within seconds unless `url` can be had: without a network TFDS tries for minutes."""
+def check_answers(url: str) -> None:
+  """Raises within seconds if `url` cannot be opened: without a network TFDS tries for minutes."""
   answer = queue.SimpleQueue()
 
-  def ask():
+  def ask() -> None:
     try:
       urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER).close()
       answer.put(None)
     except Exception as error:
       answer.put(error)
 
-  threading.Thread(target=ask, daemon=True).start()  # looking up a name knows no time limit of its own
+  threading.Thread(target=ask, daemon=True).start()  # looking up a host name has no time limit
   try:
     error = answer.get(timeout=2 * SECONDS_TO_ANSWER)
   except queue.Empty:

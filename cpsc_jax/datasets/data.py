@@ -1,0 +1,137 @@
+"""What every data set is: a description, an evaluation split, a training split and a validation part of it."""
+
+import abc
+import dataclasses
+
+import jax
+import numpy as np
+
+from cpsc_jax.errors import Refusal
+
+EVALUATION_SPLITS = ("test", "validation")
+VALIDATION_SEED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What is known about a data set before it is opened.
+
+  Attributes:
+    num_classes, image_size, channels: the shape of the problem; images are square.
+    mean, std: per channel, of the training pixels scaled to [0, 1]; a teacher trained on the data set is normalised
+      with them. None without a training split: a given teacher has its own.
+    sizes: number of images per split; a data set without "train" has no training split.
+    test_split: the published split that serves as the test split.
+    photographs: whether random crops and flips keep the class; a flipped digit is no longer that digit.
+    bundled: prepared automatically on first use, from an installed package.
+  """
+
+  num_classes: int
+  image_size: int
+  channels: int
+  mean: tuple[float, ...] | None
+  std: tuple[float, ...] | None
+  sizes: dict[str, int]
+  test_split: str = "test"
+  photographs: bool = True
+  bundled: bool = False
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (self.image_size, self.image_size, self.channels)
+
+  @property
+  def validation_size(self) -> int:
+    """How many training images are the validation part: a fifth of fewer than 10,000, a tenth of more."""
+    train = self.sizes.get("train", 0)
+    return train // (5 if train < 10_000 else 10)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """images (N, H, W, K) uint8 and labels (N,) int32 on the device."""
+
+  images: jax.Array
+  labels: jax.Array
+
+  def __len__(self) -> int:
+    return self.labels.shape[0]
+
+  def put(self, sharding: jax.sharding.Sharding) -> "Split":
+    """The same split, placed by a sharding."""
+    return Split(*jax.device_put((self.images, self.labels), sharding))
+
+
+class Data(abc.ABC):
+  """A data set: what is known about it and how its splits are loaded.
+
+  Evaluation uses one of EVALUATION_SPLITS. "test" is the test split; training then uses the whole training split.
+  "validation" is a part of the training split (`Dataset.validation_size` images, see `is_held_out`); training then
+  uses the rest, though `mean` and `std` remain those of the whole. Choose settings on "validation" and evaluate on
+  "test" once, at the end.
+
+  Attributes:
+    name: what messages, records and files call it.
+    spec: its `Dataset`.
+  """
+
+  name: str
+  spec: Dataset
+
+  @abc.abstractmethod
+  def require(self) -> None:
+    """Raises a Refusal that names the preparing command unless the data set can be loaded."""
+
+  @abc.abstractmethod
+  def class_names(self) -> list[str]:
+    """The names of the classes, in the order of their labels."""
+
+  def load_evaluation(self, split: str) -> Split:
+    """The images to evaluate on; `split` is "test" or "validation".
+
+    Raises:
+      Refusal: no such split, or it cannot be read.
+    """
+    self._check_split(split)
+    if split == "test":
+      return self._load(self.spec.test_split)
+    return self._load("train", np.flatnonzero(is_held_out(self.spec)))
+
+  def load_train(self, split: str) -> Split:
+    """The images to train on when `split` is evaluated. A test checks that only `cpsc_jax.teach` calls it.
+
+    Raises:
+      Refusal: no training split, or it cannot be read.
+    """
+    if "train" not in self.spec.sizes:
+      raise Refusal(f"data set '{self.name}' has no training split; it can only be evaluated on.")
+    self._check_split(split)
+    if split == "test":
+      return self._load("train")
+    return self._load("train", np.flatnonzero(~is_held_out(self.spec)))
+
+  def _check_split(self, split: str) -> None:
+    if split not in EVALUATION_SPLITS:
+      raise Refusal(f"the evaluation split must be one of {', '.join(EVALUATION_SPLITS)}, got '{split}'.")
+    if split == "validation" and not self.spec.validation_size:
+      train = self.spec.sizes.get("train", 0)
+      have = f"only {train} training images" if train else "no training split"
+      raise Refusal(f"data set '{self.name}' has {have} to hold a validation part out of; evaluate on 'test' instead.")
+
+  @abc.abstractmethod
+  def _load(self, split: str, rows: np.ndarray | None = None) -> Split:
+    """A stored split: all of it, or the images with indices `rows`, in this order."""
+
+
+def is_held_out(spec: Dataset) -> np.ndarray:
+  """Which images of the training split, in the order in which it is stored, are the validation part: (N,) bool.
+
+  The choice depends on nothing but the number of images. It uses the raw output of PCG64, which NumPy guarantees to
+  stay the same between versions, unlike that of its permutations.
+  """
+  train = spec.sizes.get("train", 0)
+  order = np.argsort(np.random.PCG64(VALIDATION_SEED).random_raw(train), kind="stable")
+  held_out = np.zeros(train, bool)
+  held_out[order[: spec.validation_size]] = True
+  return held_out

@@ -1,0 +1,149 @@
+"""Checkpoints: whatever a state may hold comes back as it was, and what does not fit is refused."""
+
+import gc
+import json
+import logging
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+
+from cpsc_jax import checkpoint, mesh, state
+from cpsc_jax.errors import Refusal
+
+TX = optax.adam(0.1)
+
+
+def train_state(loss_scale=None, batch_stats=None):
+  params = {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "half": jnp.ones(2, jnp.bfloat16)}}
+  return state.TrainState(params, batch_stats or {}, TX.init(params), loss_scale)
+
+
+def example(generator=None, loss_scale=None, memory=None):
+  """A `State` with everything that a state may hold: None, empty containers, keys, dataclasses, several types."""
+  weights = state.Weights({"ce": jnp.float32(0.5)}, jnp.float32(1.0))
+  return state.State(
+    step=jnp.int32(7),
+    key=jax.random.key(3),
+    generator=generator,
+    student=train_state(loss_scale, {"norm": {"mean": jnp.ones(3)}}),
+    trained={},
+    memory=memory,
+    hyper=state.Hyper(generator=state.Weights({}, jnp.float32(1.0)), student=weights),
+  )
+
+
+STATES = {
+  "training on real data": example(),
+  "distillation": example(train_state(), memory=()),
+  "float16": example(
+    train_state(DynamicScale()), DynamicScale(growth_interval=5), {"images": jnp.zeros((2, 4), jnp.uint8)}
+  ),
+  "keys in memory": example(memory={"order": jax.random.split(jax.random.key(1), 3), "none": None}),
+}
+
+
+def saved(folder, tree, steps=(1,)):
+  checkpointer = checkpoint.Checkpointer(folder)
+  for step in steps:
+    checkpointer.save(step, tree, {"history": [step]})
+  checkpointer.close()
+
+
+def restored(folder, like):
+  checkpointer = checkpoint.Checkpointer(folder)
+  try:
+    return checkpointer.restore(like)
+  finally:
+    checkpointer.close()
+
+
+def data(leaf):
+  if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf)
+
+
+def as_shapes(tree):
+  """The tree with shapes, types and shardings in place of its arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.mark.parametrize("like", [lambda tree: tree, as_shapes], ids=["arrays", "shapes"])
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_comes_back_as_it_was(name, like, tmp_path):
+  tree = {"state": STATES[name], "best": {"params": {}, "accuracy": jnp.float32(0.25)}}
+  tree = mesh.replicate(tree, mesh.make_mesh())
+  saved(tmp_path, tree)
+  back, record = restored(tmp_path, like(tree))
+  assert record == {"history": [1]}
+  assert jax.tree.structure(back) == jax.tree.structure(tree)
+  for (path, have), want in zip(jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(tree), strict=True):
+    assert (have.dtype, have.shape, have.sharding) == (want.dtype, want.shape, want.sharding), path
+    np.testing.assert_array_equal(data(have), data(want), err_msg=str(path))
+  assert checkpoint.digest(back) == checkpoint.digest(tree)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax abandons its other reads
+def test_what_another_version_wrote_is_refused_and_kept(tmp_path):
+  student = train_state()
+  before = {"step": jnp.int32(7), "key": jax.random.key(0), "student": student, "critic": None, "memory": ()}
+  saved(tmp_path, {"state": before})
+  wider = student.replace(params={"dense": {**student.params["dense"], "kernel": jnp.zeros((2, 4))}})
+  for like in (example(), {**before, "student": wider}):
+    with pytest.raises(Refusal, match=f"{tmp_path}/1 is intact but cannot be restored .*another version"):
+      restored(tmp_path, {"state": like})
+    gc.collect()
+  back, _ = restored(tmp_path, {"state": before})
+  assert int(back["state"]["step"]) == 7
+
+
+def test_a_damaged_checkpoint_is_deleted_and_the_one_before_is_used(tmp_path, caplog):
+  assert restored(tmp_path, {"x": jnp.zeros(3)}) is None
+  saved(tmp_path, {"x": jnp.arange(3.0)}, steps=(1, 2, 3))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"], "the last two are kept"
+  file = max((tmp_path / "3" / "tree").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1] + b"!")
+  with caplog.at_level(logging.WARNING):
+    _, record = restored(tmp_path, {"x": jnp.zeros(3)})
+  assert record == {"history": [2]} and not (tmp_path / "3").exists()
+  assert f"{tmp_path}/3 is damaged and was deleted" in caplog.text
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+  saved(tmp_path, {"x": jnp.arange(3.0)})
+  folder = tmp_path / "1"
+  assert checkpoint.verify(folder) is None
+  tool = ["sha256sum", "--check", "--strict", checkpoint.CHECKSUMS]
+  assert subprocess.run(tool, cwd=folder, capture_output=True, check=False).returncode == 0
+  (folder / "more").write_text("")
+  assert checkpoint.verify(folder) == "not as in files.sha256: more"
+  checkpoint.write_checksums(folder)
+  assert checkpoint.verify(folder) is None
+  (folder / checkpoint.CHECKSUMS).unlink()
+  assert "No such file" in checkpoint.verify(folder)
+
+
+CARD = {"net": "wrn_10_1", "num_classes": 3, "image_size": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
+
+
+def test_a_net_is_saved_with_its_card_and_read_back(tmp_path):
+  variables = {"params": {"kernel": jnp.arange(6.0)}}
+  card = checkpoint.save_net(tmp_path / "net", variables, {**CARD, "note": "kept"})
+  assert checkpoint.read_card(tmp_path / "net") == card == {**CARD, "note": "kept", "digest": card["digest"]}
+  back, _ = checkpoint.load_net(tmp_path / "net", {**variables, "batch_stats": {}})
+  np.testing.assert_array_equal(back["params"]["kernel"], np.arange(6.0))
+  with pytest.raises(Refusal, match="cannot be read"):
+    checkpoint.load_net(tmp_path / "net", {"params": {"other": jnp.zeros(6)}, "batch_stats": {}})
+  (tmp_path / "net" / checkpoint.CARD).write_text(json.dumps({**card, "digest": "0"}))
+  with pytest.raises(Refusal, match="its bytes do not match its digest"):
+    checkpoint.load_net(tmp_path / "net", {**variables, "batch_stats": {}})
+  with pytest.raises(Refusal, match="must have mean, std"):
+    checkpoint.save_net(tmp_path / "other", variables, {k: v for k, v in CARD.items() if k not in ("mean", "std")})
+  assert [path.name for path in tmp_path.iterdir()] == ["net"], "nothing incomplete is left"
+  with pytest.raises(Refusal, match="no saved net in .*No such file"):
+    checkpoint.read_card(tmp_path / "other")

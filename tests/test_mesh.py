@@ -1,0 +1,78 @@
+"""Arrays on a mesh, of one process and of two; whole runs of several processes are tested in test_spmd."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from jax.sharding import PartitionSpec
+
+from cpsc_jax import mesh
+from cpsc_jax.errors import Refusal
+
+
+def test_trees_are_placed_with_keys_and_none():
+  whole = mesh.make_mesh()
+  everywhere, split = mesh.replicated(whole), mesh.batch_sharding(whole)
+  tree = {
+    "key": jax.random.key(1),
+    "none": None,
+    "memory": {"bank": np.zeros((whole.size, 2)), "empty": ()},
+    "scale": 2.0,
+  }
+  placed = mesh.place(tree, {"key": everywhere, "none": everywhere, "memory": split, "scale": everywhere})
+  assert jax.tree.structure(placed) == jax.tree.structure(tree)
+  assert jax.random.key_data(placed["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
+  assert placed["memory"]["bank"].sharding.spec == PartitionSpec("data") and placed["scale"].sharding == everywhere
+  replicated = mesh.replicate(tree, whole)
+  assert jax.tree.structure(replicated) == jax.tree.structure(tree)
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(replicated))
+  assert mesh.axis_sharding(whole, 1).spec == PartitionSpec(None, "data")
+
+
+def test_batches_must_divide_evenly():
+  one = mesh.make_mesh(jax.devices()[:1])
+  mesh.check_divisible(one, "config.batch_size", 7)
+  with pytest.raises(Refusal, match="config.batch_size must be a positive multiple of 1, the number of devices, got 0"):
+    mesh.check_divisible(one, "config.batch_size", 0)
+
+
+def test_one_process_needs_no_other():
+  assert mesh.single_process() and mesh.is_primary()
+  assert mesh.any_process(True) is True and mesh.any_process(False) is False
+  assert mesh.broadcast(5) == 5
+  calls = []
+  mesh.primary_first(lambda: calls.append(1))
+  assert calls == [1]
+
+
+TWO_PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from cpsc_jax import checkpoint, mesh
+mesh.start()
+assert not mesh.single_process() and jax.process_count() == 2
+assert mesh.broadcast(5 + jax.process_index()) == 5
+assert mesh.any_process(jax.process_index() == 1) and not mesh.any_process(False)
+devices = mesh.make_mesh()
+tree = mesh.replicate({"key": jax.random.key(3), "none": None, "x": jnp.arange(4.0), "y": np.ones(2)}, devices)
+checkpointer = checkpoint.Checkpointer(sys.argv[1])
+checkpointer.save(1, tree, {"epoch": 1})
+checkpointer.close()
+checkpointer = checkpoint.Checkpointer(sys.argv[1])
+back, record = checkpointer.restore(tree)
+checkpointer.close()
+assert record == {"epoch": 1} and checkpoint.digest(back) == checkpoint.digest(tree)
+assert back["x"].sharding == tree["x"].sharding == mesh.replicated(devices)
+mesh.primary_first(lambda: print("process", jax.process_index(), flush=True))
+"""
+
+
+def test_two_processes_save_what_was_just_placed(tmp_path):
+  launcher = [sys.executable, REPOSITORY / "launch" / "local_processes.py", "--processes=2", "--restarts=0", "--"]
+  command = [*launcher, sys.executable, "-c", TWO_PROCESSES, tmp_path / "checkpoints"]
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.index("process 0") < done.stdout.index("process 1")
