@@ -6,21 +6,31 @@ ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. What the cr
 stages, as published for ResNets; for others the published code takes the input of every batch norm.
 """
 
+import ml_collections
+
 from cpsc_jax.configs import default, family
 
 
 def get_config(variant=""):
-  return family.build("cmi", variant, published, on_digits)
+  c = family.build("cmi", variant, published, on_digits)
+  if variant.endswith("smoke"):
+    c.pool.bank, c.loss.views.negatives = 64, 32
+  return c
 
 
 def published(c):
+  c.loss.views = views = ml_collections.ConfigDict()
+  views.temperature = 0.2  # of the contrast of views
+  views.negatives = 4096  # samples of the bank in it
+  views.width = 256  # of the critic's output
   c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 1, 256
-  c.pool.size, c.pool.batch_size, c.pool.bank = 51200, 256, 40960
+  c.pool.size, c.pool.batch_size = 51200, 256
+  c.pool.bank = 40960  # samples whose features are remembered
   c.generator.update({"lr": 1e-3, "steps": 200, "conditional": False, "crop_pad": 4, "flip": True, "milestones": ()})
   c.student.update({"steps": 400, "warmup_epochs": 0, "weight_decay": 1e-4, "crop_pad": 4, "flip": True})
   c.loss.kd_temperature = 20.0
-  default.weigh(c, generator={"bn": 1.0, "ce": 1.0, "adversarial": 0.5, "views": 0.8}, student={"kd": 1.0})
+  default.set_weights(c, generator={"bn": 1.0, "ce": 1.0, "adversarial": 0.5, "views": 0.8}, student={"kd": 1.0})
 
 
 def on_digits(c):

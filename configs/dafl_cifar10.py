@@ -18,7 +18,7 @@ def published(c):
   c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "milestones": ()})
   c.student.update({"steps": 5, "warmup_epochs": 0, "weight_decay": 1e-4})
   c.loss.kd_temperature = 20.0
-  default.weigh(c, generator={"one_hot": 1.0, "activation": 0.1, "balance": 20.0}, student={"kd": 1.0})
+  default.set_weights(c, generator={"one_hot": 1.0, "activation": 0.1, "balance": 20.0}, student={"kd": 1.0})
 
 
 def on_digits(c):

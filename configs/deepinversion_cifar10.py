@@ -22,7 +22,7 @@ def published(c):
   )
   c.student.update({"steps": 400, "warmup_epochs": 0, "weight_decay": 1e-4, "crop_pad": 4, "flip": True})
   c.loss.kd_temperature = 20.0
-  default.weigh(c, generator={"ce": 1.0, "bn": 10.0, "variation": 1e-5, "adversarial": 1.0}, student={"kd": 1.0})
+  default.set_weights(c, generator={"ce": 1.0, "bn": 10.0, "variation": 1e-5, "adversarial": 1.0}, student={"kd": 1.0})
 
 
 def on_digits(c):

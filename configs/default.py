@@ -16,9 +16,15 @@ def get_config(variant=""):
   # What trains the student: "distill"; or a control, "untrained_generator" (the generator keeps its initial weights),
   # "real_kd" (the student's terms on the real training data) or "real_labels" (cross-entropy on the real labels).
   c.arm = "distill"
-  # True: every quirk on, published weights and learning rates of CPSC-DFKD (cpsc_jax.settings.as_published)
+  # True: CPSC-DFKD as its published code runs it, with its weights and learning rates (cpsc_jax.config.as_published;
+  # docs/reference.md lists the options that it sets)
   c.reference = False
-  c.precision = "float32"  # of convolutions and the generator's linear layer: float32, bfloat16 or float16
+  # Of convolutions and the generator's linear layer: float32, bfloat16 or float16. Parameters, batch statistics and
+  # losses are float32 in any case, and so is the student that is reported, saved and exported.
+  c.precision = "float32"
+  c.loss_scaling = True  # dynamic loss scaling under float16; the other precisions need none
+  # True: keep the outputs of convolutions only and compute everything else again in the backward pass, for memory
+  c.rematerialise = False
 
   c.dataset = d = ml_collections.ConfigDict()
   d.name = "cifar10"  # a row of cpsc_jax.datasets.DATASETS, or what your own images were prepared as
@@ -30,9 +36,13 @@ def get_config(variant=""):
   t.net = "resnet34"  # a row of cpsc_jax.nets.NETS, or wrn_D_K; the rest of this section is for training one
   t.epochs = 100  # passes over the training split
   t.batch_size = 32  # over all devices together; what is left of an epoch is dropped
-  t.lr = 0.1  # of SGD, at its highest; cosine to 0
-  t.momentum = 0.9  # of SGD
-  t.weight_decay = 5e-4  # on every parameter
+  t.micro_batches = 1  # parts into which a batch is divided, to save memory; batch norm sees one part at a time
+  t.optimiser = "sgd"  # or "adamw"
+  t.lr = 0.1  # at its highest
+  t.momentum = 0.9  # of SGD; decay of AdamW's first moment
+  t.weight_decay = 5e-4  # of SGD added to the gradient, of AdamW apart from it
+  t.decay_norms = True  # weight decay on biases and on the scales of norms too
+  t.schedule = "cosine"  # per step to 0; "cosine_per_epoch": in steps, as in the published code
   t.warmup_epochs = 0  # of linear warm-up
   t.label_smoothing = 0.0  # share of the uniform distribution in the targets
   t.crop_pad = 4  # random crops after padding by so many black pixels; 0: none
@@ -41,12 +51,19 @@ def get_config(variant=""):
   c.student = s = ml_collections.ConfigDict()
   s.net = "resnet18"  # as teacher.net; where feature widths differ it is given a feature head
   s.steps = 5  # student updates per iteration
-  s.crop_pad = 0  # random crops of the synthetic images after padding by so many black pixels; 0: none, as published
-  s.flip = False  # random horizontal flips of the synthetic images
-  s.lr = 0.1  # of SGD, at its highest
-  s.momentum = 0.9  # of SGD
-  s.weight_decay = 5e-4  # on every parameter
-  s.warmup_epochs = 10  # of linear warm-up, then cosine to 0 at the last step
+  # Random crops of what the student learns from, after padding by so many black pixels; 0: none, as published.
+  s.crop_pad = 0
+  s.flip = False  # random horizontal flips of the same
+  s.head = "trained"  # by a contrast on detached features; "frozen": never, as in the published code
+  s.micro_batches = 1  # as teacher.micro_batches
+  s.optimiser = "sgd"  # or "adamw"
+  s.lr = 0.1  # at its highest
+  s.momentum = 0.9  # of SGD; decay of AdamW's first moment
+  s.weight_decay = 5e-4  # of SGD added to the gradient, of AdamW apart from it
+  s.decay_norms = True  # weight decay on biases and on the scales of norms too
+  # "cosine": per step to 0 at the last; "published_steps": per epoch, with 10 epochs of warm-up and an end above 0
+  s.schedule = "cosine"
+  s.warmup_epochs = 10  # of linear warm-up
 
   c.generator = g = ml_collections.ConfigDict()
   # "cifar" (image size divisible by 4) or "dcgan" (by 16); "pixels" has no parameters: its latent is the image itself
@@ -55,6 +72,11 @@ def get_config(variant=""):
   g.latent_dim = 256  # nz, the width of the noise
   g.width = 64  # channels of the narrowest layer
   g.steps = 6  # generator updates per iteration
+  g.label_limit = 0  # labels are drawn from the first so many classes; 0: all. The published code draws from 100
+  g.student_mode = "eval"  # of the student in generator steps; "train": its running statistics move there
+  g.stats_in_student_steps = False  # whether the generator's running statistics move in student steps
+  g.micro_batches = 1  # as teacher.micro_batches
+  g.optimiser = "adam"  # "restarted_adam": rebuilt at every step, without moments; its schedule never acts
   g.lr = 1e-3  # of Adam
   g.b1 = 0.5  # decay of Adam's first moment
   g.b2 = 0.999  # decay of its second
@@ -64,13 +86,13 @@ def get_config(variant=""):
   g.crop_pad = 0  # random crops of what both nets see in generator steps, after padding by so many black pixels
   g.flip = False  # random horizontal flips of the same
 
-  # For methods that invert: an iteration starts a generator afresh, takes `generator.steps` with it and one batch of
+  # For methods that invert: an iteration starts a new generator, takes `generator.steps` with it and one batch of
   # latents, puts the best images into the pool, and takes `student.steps` on images of the pool. The learning rate
-  # schedule of the generator then runs over these steps, its milestones never act.
+  # schedule of the generator then runs over these steps, and its milestones never act.
   c.pool = o = ml_collections.ConfigDict()
   o.size = 51200  # images held; the newest replace the oldest
   o.batch_size = 256  # images made at a time, over all devices together
-  o.bank = 40960  # samples whose features are remembered, for methods that have a bank
+  o.fresh_share = 0.0  # share of the student's batch that the generator draws afresh; the rest comes from the pool
 
   c.schedule = e = ml_collections.ConfigDict()
   e.epochs = 600  # of the distillation, and of a control arm's student
@@ -80,21 +102,19 @@ def get_config(variant=""):
 
   c.loss = w = ml_collections.ConfigDict()
   w.ikd_form = "mse"  # "mse" or "log" (the published code's CIFAR-10 branch), for generator and student
-  w.temperature = 0.07  # of the supervised contrast
-  # "dense" holds the similarities of all pairs, memory in the square of the batch; "blockwise" works them out block by
+  w.scl_temperature = 0.07  # of the supervised contrast
+  # "dense" holds the similarities of all pairs, memory in the square of the batch; "blockwise" computes them block by
   # block and again for the gradient: the same to round-off, memory in proportion to the batch
-  w.contrast = "dense"
-  w.contrast_block = 1024  # columns at a time, blockwise
+  w.scl_form = "dense"
+  w.scl_block = 1024  # columns at a time, blockwise
   # the generator's cross-entropy leaves alone the samples whose class the teacher gives this probability; 1: never
   w.confidence = 1.0
+  w.double_softmax = False  # both cross-entropies of CPSC-DFKD are given probabilities in place of logits
   w.kd_temperature = 1.0  # of the student's term `kd`, which is multiplied by its square
   w.triplet = ml_collections.ConfigDict()
   w.triplet.margin = 0.2  # of RGAL's triplets
   w.triplet.focal = True  # whether synthesis draws negatives from 0.5 < D < 1 only (focal weighted sampling)
-  w.views = ml_collections.ConfigDict()
-  w.views.temperature = 0.2  # of CMI's contrast of views
-  w.views.negatives = 4096  # samples of the bank in it
-  w.views.width = 256  # of the critic's output
+  w.triplet.swapped = True  # whether synthesis exchanges positives and negatives, as in the paper; its code does not
   # Weights; a term of weight 0 is not computed, and a weight other than 0 for a term that the method lacks is refused.
   w.generator = ml_collections.ConfigDict()
   w.generator.adversarial = 1.0  # -KL(teacher || student), or what else the method calls a difference
@@ -108,7 +128,6 @@ def get_config(variant=""):
   w.generator.balance = 0.0  # DAFL: all classes alike over the batch
   w.generator.variation = 0.0  # DeepInversion: total variation
   w.generator.norm = 0.0  # DeepInversion: L2 norm of the batch
-  w.generator.views = 0.0  # CMI: local against global views
   w.student = ml_collections.ConfigDict()
   w.student.kd = 1.0  # KL(teacher || student)
   w.student.l2 = 5.0  # alpha: logit regression
@@ -119,21 +138,10 @@ def get_config(variant=""):
   w.student.l1 = 0.0  # DFAD: absolute difference of logits
   w.student.attention = 0.0  # ZSKT: attention transfer
 
-  # The published code's behaviours that a reader of the paper would not expect; README.md has the table.
-  c.quirks = q = ml_collections.ConfigDict()
-  q.fresh_adam = False  # Adam is rebuilt at every generator step: no moments, and its schedule never acts
-  q.latent_step = False  # the latent is moved once by that Adam and thrown away (changes no result)
-  q.double_softmax = False  # both cross-entropies are given probabilities in place of logits
-  q.student_trains_in_generator_step = False  # student in training mode there, its running statistics move
-  q.generator_stats_in_student_step = False  # the generator's running statistics move in student steps
-  q.untrained_head = False  # the feature head is never trained, its output not normalised again
-  q.half_precision = False  # float16 without loss scaling
-  q.hundred_labels = False  # labels are drawn from min(100, number of classes) whatever the data set
-  q.stepped_schedule = False  # learning rates step per epoch; the student's warm-up is 10 epochs and its end not 0
-  q.unswapped_triplets = False  # RGAL: synthesis does not exchange positives and negatives, as in its published code
-  q.report_best = False  # the headline figure is the best epoch, selected on the test set
-
   c.evaluate = v = ml_collections.ConfigDict()
+  # "test", or "validation": a part held out of the training split, on which settings are to be chosen
+  v.split = "test"
+  v.headline = "last"  # which epoch the headline figure is of; "best" is selected on the same images
   v.every = 1  # epochs between evaluations; the last epoch is always evaluated
   v.batch_size = 500  # images at a time; any number, every image is counted once
   v.samples_per_class = 100  # fresh samples for label fidelity
@@ -154,8 +162,8 @@ def apply_variant(c, variant):
     raise ValueError(f"no variant '{variant}' of a config; there is 'smoke'.")
 
 
-def weigh(c, generator, student):
-  """Sets the weights of the terms named, and all others to 0."""
+def set_weights(c, generator, student):
+  """Sets the weights of the named terms, and all others to 0."""
   for section, weights in ((c.loss.generator, generator), (c.loss.student, student)):
     section.update({**dict.fromkeys(section, 0.0), **weights})
 
@@ -175,6 +183,6 @@ def smoke(c):
   c.schedule.epochs = 2
   c.schedule.iterations = 2
   c.schedule.batch_size = 32
-  c.pool.size, c.pool.batch_size, c.pool.bank, c.loss.views.negatives = 64, 32, 64, 32
+  c.pool.size, c.pool.batch_size = 64, 32
   c.evaluate.samples_per_class = 10
   c.checkpoint.every = 1

@@ -16,12 +16,12 @@ def published(c):
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 500, 50, 256
   c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "b1": 0.9, "milestones": (100, 200)})
   c.student.update({"steps": 5, "warmup_epochs": 0})
-  c.quirks.student_trains_in_generator_step = True
-  default.weigh(c, generator={"adversarial": 1.0}, student={"l1": 1.0})
+  c.generator.student_mode = "train"
+  default.set_weights(c, generator={"adversarial": 1.0}, student={"l1": 1.0})
 
 
 def on_digits(c):
   c.schedule.epochs, c.schedule.iterations = 30, 20
   c.generator.update({"latent_dim": 64, "lr": 2e-4, "milestones": ()})
   c.student.steps = 5
-  c.quirks.student_trains_in_generator_step = False
+  c.generator.student_mode = "eval"

@@ -35,6 +35,6 @@ def get_config(variant=""):
     c.schedule.iterations = 40
     c.schedule.batch_size = 64
     c.loss.generator.ce = 4.0
-    c.quirks.student_trains_in_generator_step = True
+    c.generator.student_mode = "train"
     default.apply_variant(c, variant)
   return c

@@ -13,7 +13,7 @@ def build(method, variant, published, on_digits):
   with c.unlocked():
     c.method, c.name = method, f"{method}_{c.name}"
     kept = c.to_dict()
-    c.quirks.student_trains_in_generator_step = False
+    c.generator.student_mode = "eval"
     published(c)
     if small:
       # Nets, data and the student's learning rates stay those of the digits.

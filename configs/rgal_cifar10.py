@@ -20,7 +20,7 @@ def published(c):
   c.generator.update({"lr": 1e-3, "steps": 400, "conditional": False, "crop_pad": 4, "flip": True, "milestones": ()})
   c.student.update({"steps": 400, "warmup_epochs": 0, "weight_decay": 1e-4, "crop_pad": 4, "flip": True})
   c.loss.kd_temperature = 20.0
-  default.weigh(
+  default.set_weights(
     c,
     generator={"bn": 1.0, "ce": 1.0, "adversarial": 1.0, "triplet": 0.1},
     student={"kd": 1.0, "channel": 0.1, "triplet": 0.1},

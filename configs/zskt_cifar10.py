@@ -17,7 +17,7 @@ def published(c):
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 80, 256
   c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "milestones": ()})
   c.student.update({"steps": 5, "warmup_epochs": 0, "weight_decay": 1e-4})
-  default.weigh(c, generator={"adversarial": 1.0}, student={"kd": 1.0, "attention": 250.0})
+  default.set_weights(c, generator={"adversarial": 1.0}, student={"kd": 1.0, "attention": 250.0})
 
 
 def on_digits(c):

@@ -1,56 +1,85 @@
 """Optimisers and learning-rate schedules, from the config's numbers."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
+from cpsc_jax import nets
+from cpsc_jax.state import Tree
 
-def generator_optimiser(config, steps_per_epoch, epochs=None):
-  """Adam with the config's schedule over `epochs` (of the run, or one for a generator that starts afresh so often).
 
-  Under `fresh_adam` the schedule never acts, as each step's Adam is at its first.
+def generator_optimiser(
+  config: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int | None = None
+) -> optax.GradientTransformation:
+  """Adam with the config's schedule over `epochs` (of the run, or one for a generator that starts anew so often).
+
+  `restarted_adam` is the published code's: rebuilt at every step, it has no moments, and its schedule never acts.
   """
   c, epochs = config.generator, epochs or config.schedule.horizon or config.schedule.epochs
-  if config.quirks.fresh_adam:
+  restarted = c.optimiser == "restarted_adam"
+  if restarted:
     lr = c.lr
   elif c.schedule == "cosine":
     lr = warmup_cosine(c.lr, 0, epochs * steps_per_epoch)
   else:
     lr = per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps_per_epoch)
-  return optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8)
+  adam = optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8)
+  return restart_every_step(adam) if restarted else adam
 
 
-def student_optimiser(config, steps_per_epoch):
-  """SGD with momentum and weight decay on every parameter; a feature head stays untouched under `untrained_head`."""
-  c, epochs = config.student, config.schedule.horizon or config.schedule.epochs
-  if config.quirks.stepped_schedule:
-    lr = per_epoch(published_student_lr(c.lr, epochs), steps_per_epoch)
-  else:
-    lr = warmup_cosine(c.lr, c.warmup_epochs * steps_per_epoch, epochs * steps_per_epoch)
-  trained = sgd(lr, c.momentum, c.weight_decay)
-  if not config.quirks.untrained_head:
-    return trained
-  label = lambda path, _: "head" if any("head_" in str(k) for k in path) else "net"
-  labels = lambda params: jax.tree_util.tree_map_with_path(label, params)
-  return optax.partition({"net": trained, "head": optax.set_to_zero()}, labels)
+def restart_every_step(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx` with a state that is made anew for every update."""
+
+  def update(grads: Tree, state: optax.EmptyState, params: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
+    updates, _ = tx.update(grads, tx.init(grads), params)
+    return updates, state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def supervised_optimiser(c, steps_per_epoch, published=False):
-  """SGD for training on labels: linear warm-up, then cosine to 0 at the last step; `published`: cosine per epoch."""
-  if published:
-    lr = per_epoch(cosine_per_epoch(c.lr, c.epochs), steps_per_epoch)
-  else:
-    lr = warmup_cosine(c.lr, c.warmup_epochs * steps_per_epoch, c.epochs * steps_per_epoch)
-  return sgd(lr, c.momentum, c.weight_decay)
+def student_optimiser(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+  """The student's optimiser; a feature head that is `frozen` stays as it is, untouched by weight decay too."""
+  tx = optimiser(config.student, steps_per_epoch, config.schedule.horizon or config.schedule.epochs)
+  if config.student.head == "trained":
+    return tx
+  return optax.partition({"net": tx, "head": optax.set_to_zero()}, head_labels)
 
 
-def sgd(lr, momentum, weight_decay):
+def head_labels(params: Tree) -> Tree:
+  """`head` for parameters of a feature head, `net` for all others."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: "head" if nets.is_head(path) else "net", params)
+
+
+def optimiser(c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+  """What a section of the config (teacher or student) asks for: sgd or adamw, with its schedule over `epochs`."""
+  steps = steps_per_epoch
+  lr = {
+    "cosine": lambda: warmup_cosine(c.lr, c.warmup_epochs * steps, epochs * steps),
+    "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(c.lr, epochs), steps),
+    "published_steps": lambda: per_epoch(published_student_lr(c.lr, epochs), steps),
+  }[c.schedule]()
+  mask = None if c.decay_norms else matrices
+  if c.optimiser == "adamw":
+    return optax.adamw(lr, b1=c.momentum, weight_decay=c.weight_decay, mask=mask)
+  return sgd(lr, c.momentum, c.weight_decay, mask)
+
+
+def matrices(params: Tree) -> Tree:
+  """True for kernels, False for biases and the scales of norms, which have one axis."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def sgd(lr: optax.ScalarOrSchedule, momentum: float, weight_decay: float, mask=None) -> optax.GradientTransformation:
   """PyTorch's SGD: d = g + wd * p; b = momentum * b + d; p = p - lr * b."""
-  return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale_by_learning_rate(lr))
+  decay = optax.add_decayed_weights(weight_decay, mask)
+  return optax.chain(decay, optax.trace(momentum), optax.scale_by_learning_rate(lr))
 
 
-def warmup_cosine(lr, warmup_steps, total_steps):
+def warmup_cosine(lr: float, warmup_steps: float, total_steps: int) -> optax.Schedule:
   """Linear from lr / (warmup + 1) to lr, then half a cosine to 0 at `total_steps`; the step is counted from 0."""
   warmup_steps = min(int(warmup_steps), max(total_steps - 1, 0))
 
@@ -63,7 +92,7 @@ def warmup_cosine(lr, warmup_steps, total_steps):
   return schedule
 
 
-def published_student_lr(lr, epochs):
+def published_student_lr(lr: float, epochs: int) -> np.ndarray:
   """The student's learning rate in epochs 1..E as the published code steps it: (E,) float64.
 
   Ten warm-up epochs; then two schedulers act on one value, so that epoch 11 is off the curve and the end is not 0.
@@ -76,18 +105,18 @@ def published_student_lr(lr, epochs):
   return rate
 
 
-def cosine_per_epoch(lr, epochs):
+def cosine_per_epoch(lr: float, epochs: int) -> np.ndarray:
   """lr / 2 (1 + cos(pi e / E)) for e = 1..E, the published teacher schedule: (E,) float64."""
   return 0.5 * lr * (1 + np.cos(np.pi * np.arange(1, epochs + 1) / epochs))
 
 
-def milestones(lr, epochs, at, decay):
+def milestones(lr: float, epochs: int, at: Sequence[float], decay: float) -> np.ndarray:
   """lr, times `decay` from each epoch of `at` on, for epochs 1..E: (E,) float64."""
   passed = np.searchsorted(np.sort(np.asarray(at, np.float64)), np.arange(1, epochs + 1), side="right")
   return lr * np.power(decay, passed)
 
 
-def per_epoch(rates, steps_per_epoch):
+def per_epoch(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedule:
   """An optax schedule that holds rates[e] during epoch e (counted from 0)."""
   rates = jnp.asarray(rates)
   return lambda count: rates[jnp.minimum(count // steps_per_epoch, len(rates) - 1)]

@@ -14,14 +14,15 @@ import jax
 class Stream(enum.StrEnum):
   """What a key is for. Children of one parent differ by their stream."""
 
-  # of a run, from its seed
-  TEACHER_INIT = "teacher_init"
-  TEACHER_TRAINING = "teacher_training"
+  # of a run, from its seed: its two phases and the samples that are shown
+  TEACHER = "teacher"
+  DISTILLATION = "distillation"
+  SAMPLE_SHEET = "sample_sheet"
+  # of a phase
   GENERATOR_INIT = "generator_init"
   STUDENT_INIT = "student_init"
   METHOD_INIT = "method_init"
   TRAINING = "training"
-  SAMPLE_SHEET = "sample_sheet"
   # of training, one per iteration, and of an iteration
   ITERATIONS = "iterations"
   BEGIN = "begin"

@@ -1,89 +1,122 @@
-"""Training on real labelled data: teachers, and the control arms that data-free distillation is held against.
+"""Training on real labelled data: teachers, and the control arms that data-free distillation is compared with.
 
-This is the only room that may open a training split.
+This is the only room that may open a training split; it hands sources a split.
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from cpsc_jax import algorithm, checkpoint, datasets, evaluate, losses, nets, optim, saved
+from cpsc_jax import algorithm, checkpoint, evaluate, experiment, nets, optim, saved, sources, streams
+from cpsc_jax.config import Config
+from cpsc_jax.datasets import Data, Split
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import batch_sharding, replicate, replicated
+from cpsc_jax.mesh import replicate, replicated
+from cpsc_jax.methods import terms
 from cpsc_jax.progress import say
-from cpsc_jax.state import SupervisedState, step_counter
+from cpsc_jax.setup import Method, Player, Setup, Term
+from cpsc_jax.state import State, Tree
+from cpsc_jax.streams import Stream
+
+Phase = tuple[Callable[[State], tuple[State, dict]], State]
 
 
-def obtain_teacher(config, test, workdir, mesh):
-  """(net, variables, card) of the run's teacher: the given checkpoint, the one trained here before, or one trained now.
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A teacher: its module, its variables, and the card that says what it is.
 
-  The card says what the teacher is: net, num_classes, image_size, channels, mean, std, dataset, digest.
-
-  Raises:
-    Refusal: a checkpoint that does not fit the data set.
+  A card has net, num_classes, image_size, channels, mean, std and, once there are variables, their digest.
   """
-  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
-  folder = pathlib.Path(config.teacher.checkpoint) if config.teacher.checkpoint else workdir / "teacher"
-  if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
-    net, variables, card = saved.load(folder)
-    return net, replicate(variables, mesh), card
-  net = nets.classifier(config.teacher.net, spec.num_classes)
-  outcome = _train_teacher(config, net, spec, test, workdir, mesh)
-  card = {
-    "net": config.teacher.net,
-    "num_classes": spec.num_classes,
-    "image_size": spec.image_size,
-    "channels": spec.channels,
-    "mean": list(spec.mean),
-    "std": list(spec.std),
-    "dataset": config.dataset.name,
-    "seed": config.seed,
-    "epochs": config.teacher.epochs,
-    "best_epoch": outcome.best_epoch,
-    "seconds": outcome.seconds,
-    "history": outcome.history,
-  }
-  variables = outcome.state.net.variables
-  return net, variables, checkpoint.save_net(folder, variables, card)
+
+  net: Any
+  variables: Tree
+  card: dict
 
 
-def check_teacher(config):
-  """The card of config.teacher.checkpoint, if it fits the data set; reads no arrays.
+def describe_teacher(config: Config, data: Data) -> dict:
+  """The card of the teacher that a run will use, from the given checkpoint or of the one to be trained; no arrays.
 
   Raises:
     Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's.
   """
-  card = checkpoint.read_card(config.teacher.checkpoint)
-  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
+  spec, folder = data.spec, config.teacher.checkpoint
+  if not folder:
+    return {
+      "net": config.teacher.net,
+      "num_classes": spec.num_classes,
+      "image_size": spec.image_size,
+      "channels": spec.channels,
+      "mean": list(spec.mean or ()),
+      "std": list(spec.std or ()),
+      "dataset": data.name,
+    }
+  card = checkpoint.read_card(folder)
   for key in ("num_classes", "image_size", "channels"):
     if card.get(key) != getattr(spec, key):
       raise Refusal(
-        f"the teacher in {config.teacher.checkpoint} has {key} {card.get(key)}, data set '{config.dataset.name}' has"
-        f" {getattr(spec, key)}; name the data set that it was trained for in config.dataset.name."
+        f"the teacher in {folder} has {key} {card.get(key)}, data set '{data.name}' has {getattr(spec, key)}; set"
+        " config.dataset.name to the data set that it was trained for."
       )
   nets.classifier(card["net"], card["num_classes"])
   return card
 
 
-def _train_teacher(config, net, spec, test, workdir, mesh):
-  c = config.teacher
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(mesh))
-  steps = len(data) // c.batch_size
-  tx = optim.supervised_optimiser(c, steps, published=config.quirks.stepped_schedule)
-  say(f"teacher: {c.net} on the {len(data)} training images of '{config.dataset.name}'")
+def obtain_teacher(
+  config: Config, net: Any, card: dict, data: Data, test: Split, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> Teacher:
+  """The run's teacher: the given checkpoint, the one trained in `workdir` before, or one trained now."""
+  folder = pathlib.Path(config.teacher.checkpoint or workdir / "teacher")
+  if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
+    _, variables, card = saved.load(folder)
+    return Teacher(net, replicate(variables, mesh), card)
+  outcome = _train_teacher(config, net, card, data, test, workdir, mesh)
+  card = {
+    **card,
+    "seed": config.seed,
+    "epochs": config.teacher.epochs,
+    "evaluated_on": config.evaluate.split,
+    "best_epoch": outcome.best_epoch,
+    "seconds": outcome.seconds,
+    "history": outcome.history,
+  }
+  variables = outcome.state.student.variables
+  return Teacher(net, variables, checkpoint.save_net(folder, variables, card))
 
-  key_init, key_run = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-  variables = nets.init(net, key_init, jnp.zeros((2, *spec.image_shape)))
-  state = SupervisedState(step_counter(), key_run, algorithm.train_state(variables, tx))
-  update = {"teacher": label_update(net, tx, c.label_smoothing)}
-  epoch = compile_epoch_on_data(update, preparation(c, spec, spec.mean, spec.std), c.batch_size, steps, mesh)
-  classify = evaluate.compile_classifier(net, spec.mean, spec.std, config.evaluate.batch_size, mesh)
+
+def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split, workdir, mesh) -> Any:
+  c, split = config.teacher, data.load_train(config.evaluate.split).put(replicated(mesh))
+  steps = len(split) // c.batch_size
+  say(f"teacher: {card['net']} on the {len(split)} training images of '{data.name}'")
+  player = Player(
+    net=net,
+    optimiser=optim.optimiser(c, steps, c.epochs),
+    steps=steps,
+    policy=experiment.policy(config, c.micro_batches),
+    augment=experiment.augmentation(c, card),
+    loss_scaling=config.precision == "float16",  # also in reference mode, whose teachers were trained in float32
+  )
+  setup = Setup(
+    student=player,
+    method=on_real_data({"ce": terms.label_cross_entropy(c.label_smoothing)}, c.batch_size, player, split, card, mesh),
+    mesh=mesh,
+    weights={"student": {"ce": 1.0}},
+  )
+  epoch, state = _phase(setup, None, split, streams.key(streams.root(config.seed), Stream.TEACHER), data)
+  deployed, _ = nets.deployed(net, {})
+  classify = evaluate.compile_classifier(deployed, card["mean"], card["std"], config.evaluate.batch_size, mesh)
+
+  def measure(state: State) -> dict[str, jax.Array]:
+    predictions = classify(state.student.variables, test.images)
+    return {"accuracy": evaluate.share_equal(predictions, test.labels)}
+
   plan = Plan(
     title="teacher",
-    epoch=lambda state: epoch(state, data.images, data.labels),
-    measure=lambda state: {"accuracy": evaluate.share_equal(classify(state.net.variables, test.images), test.labels)},
+    epoch=epoch,
+    measure=measure,
     variables=lambda state: {},
     epochs=c.epochs,
     measure_every=config.evaluate.every,
@@ -91,75 +124,49 @@ def _train_teacher(config, net, spec, test, workdir, mesh):
     save_minutes=config.checkpoint.minutes,
     workdir=workdir / "teacher_training",
   )
-  return train(plan, replicate(state, mesh))
+  return train(plan, state)
 
 
-def real_arm(config, game, teacher_variables, card):
-  """(epoch program, initial state) of a student trained on real data, with a distillation's optimiser and steps.
+def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tuple[Setup, Phase]:
+  """A student trained on real data with the optimiser, the augmentation and as many steps as in distillation.
 
   The arm "real_kd" keeps the student's terms, teacher and all, on real images and labels; "real_labels" has only
-  their cross-entropy. The epoch is a function of the state; the state is a SupervisedState.
+  their cross-entropy.
   """
-  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
-  data = datasets.load_train(config.dataset.name, config.dataset.data_dir).put(replicated(game.mesh))
-  update = label_update(game.student, game.student_tx)
-  if config.arm == "real_kd":
-    update = lambda state, x, y, key: algorithm.student_update(game, teacher_variables, state, x, y, key)
-  start = algorithm.initial_state(game, config.seed, spec.image_shape)
-  state = SupervisedState(start.step, start.key, start.student)
-  prepare = preparation(config.teacher, spec, card["mean"], card["std"])
-  epoch = compile_epoch_on_data(
-    {"student": update}, prepare, game.batch_size, config.schedule.iterations * game.student_steps, game.mesh
+  split = data.load_train(config.evaluate.split).put(replicated(setup.mesh))
+  steps = config.schedule.iterations * setup.student.steps
+  student = dataclasses.replace(setup.student, steps=steps)
+  student_terms, weights = setup.method.student_terms, setup.weights["student"]
+  if config.arm == "real_labels":
+    student_terms, weights = {"ce": terms.label_cross_entropy()}, {"ce": 1.0}
+  batch_size, mesh = config.schedule.batch_size, setup.mesh
+  method = on_real_data(student_terms, batch_size, student, split, teacher.card, mesh)
+  net = None if config.arm == "real_labels" else setup.teacher
+  setup = Setup(student=student, method=method, mesh=mesh, weights={"student": weights}, teacher=net)
+  key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
+  return setup, _phase(setup, teacher.variables, split, key, data)
+
+
+def on_real_data(
+  student_terms: dict[str, Term], batch_size: int, student: Player, split: Split, card: dict, mesh: jax.sharding.Mesh
+) -> Method:
+  """A method without a generator: an iteration goes through new permutations of the split, as many as it takes."""
+  size = len(split)
+
+  def begin(state: State, key: jax.Array) -> State:
+    return sources.shuffle(state, key, size)
+
+  return Method(
+    generator_terms={},
+    student_terms=student_terms,
+    source=sources.real(batch_size, card["mean"], card["std"], mesh),
+    init=lambda key: ({}, sources.empty_order(student.steps * batch_size)),
+    begin=begin,
   )
-  return lambda state: epoch(state, data.images, data.labels), replicate(state, game.mesh)
 
 
-def preparation(c, spec, mean, std):
-  """(key, uint8 images) -> what a net is trained on: cropped and flipped as the teacher's section `c` says."""
-  flip = c.flip and spec.photographs
-  return lambda key, images: datasets.normalise(datasets.augment(key, images, c.crop_pad, flip), mean, std)
-
-
-def label_update(net, tx, label_smoothing=0.0):
-  """(TrainState, x, y, key) -> (TrainState, terms): one update by cross-entropy on the labels."""
-
-  def update(state, x, y, _):
-    def loss(params):
-      out, stats = nets.forward(net, {"params": params, "batch_stats": state.batch_stats}, x, train=True)
-      return losses.cross_entropy(out.logits, y, label_smoothing=label_smoothing), stats
-
-    (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return state.updated(tx, grads, stats), {"ce": value, "total": value}
-
-  return update
-
-
-def compile_epoch_on_data(update, prepare, batch_size, steps, mesh):
-  """(state, images, labels) -> (state, terms): `steps` updates on shuffled batches of resident data, one program.
-
-  `update` is {player: (TrainState, x, y, key) -> (TrainState, terms)} with one entry; `prepare` is (key, uint8 images)
-  -> x. The order runs through whole permutations of the data, as many as the steps take.
-  """
-  ((player, step_on),) = update.items()
-
-  def epoch(state, images, labels):
-    key_order, key_steps = jax.random.split(jax.random.fold_in(state.key, state.step))
-    order = shuffled(key_order, labels.shape[0], steps * batch_size).reshape(steps, batch_size)
-
-    def step(net, inputs):
-      key, rows = inputs
-      x, y = jax.lax.with_sharding_constraint((images[rows], labels[rows]), batch_sharding(mesh))
-      return step_on(net, prepare(key, x), y, key)
-
-    net, terms = jax.lax.scan(step, state.net, (jax.random.split(key_steps, steps), order))
-    return state.replace(net=net).tick(), {player: terms}
-
-  everywhere = replicated(mesh)
-  return jax.jit(epoch, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0)
-
-
-def shuffled(key, size, count):
-  """`count` indices below `size`: as many random permutations in a row as it takes, (count,) int32."""
-  rounds = -(-count // size)
-  permute = lambda k: jax.random.permutation(k, size)
-  return jax.vmap(permute)(jax.random.split(key, rounds)).reshape(-1)[:count]
+def _phase(setup: Setup, teacher: Tree, split: Split, key: jax.Array, data: Data) -> Phase:
+  """(state -> (state, losses), the state it begins with): an epoch is one iteration."""
+  program = algorithm.compile_epoch(setup, 1, real_data=True)
+  state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+  return lambda state: program(state, teacher, split), state

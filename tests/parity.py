@@ -1,12 +1,10 @@
 """Helpers of the parity tests: reading reference arrays, and the two measures of closeness."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import algorithm, nets
+from cpsc_jax import nets
 
 
 def nhwc(x):
@@ -50,14 +48,13 @@ def assert_trees_close(ours, theirs, limit, skip=()):
       assert_close(leaf, theirs[path], limit, name)
 
 
-def weighed(game, weights):
-  """The game with those of its generator's terms that count weighed by {name: number}, arguments of a program perhaps.
+def with_weights(state, weights):
+  """The state with other weights {name: number} of the generator's terms, perhaps arguments of a program.
 
   So one program serves each term alone and all together.
   """
-  scaled = lambda name, term: lambda view: weights[name] * term(view)
-  terms = {name: (1.0, scaled(name, term)) for name, (weight, term) in game.method.generator_terms.items() if weight}
-  return dataclasses.replace(game, method=algorithm.Method(terms, {}))
+  generator = state.hyper.generator.replace(terms={**state.hyper.generator.terms, **weights})
+  return state.replace(hyper=state.hyper.replace(generator=generator))
 
 
 def jitted_forward(net, train):

@@ -1,42 +1,74 @@
-"""The methods by name. A method is its named, weighted terms; a new one is a file here and a row."""
+"""The methods by name. A method is its named terms and what it keeps; a new one is a file here, a row, and a config."""
 
 import dataclasses
+from types import ModuleType
+
+import jax
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.methods import cmi, cpsc, dafl, deepinversion, dfad, rgal, zskt
+from cpsc_jax.methods import cmi, cpsc, dafl, deepinversion, dfad, inversion, rgal, zskt
+from cpsc_jax.methods.base import Parts
+from cpsc_jax.setup import Method, Term
 
-METHODS = {
-  "cpsc": cpsc.method,
-  "rgal": rgal.method,
-  "dafl": dafl.method,
-  "dfad": dfad.method,
-  "zskt": zskt.method,
-  "deepinversion": deepinversion.method,
-  "cmi": cmi.method,
+# name -> a module with method(parts) -> Method and, where the method has settings of its own, check(config, mesh)
+METHODS: dict[str, ModuleType] = {
+  "cpsc": cpsc,
+  "rgal": rgal,
+  "dafl": dafl,
+  "dfad": dfad,
+  "zskt": zskt,
+  "deepinversion": deepinversion,
+  "cmi": cmi,
 }
 
 
-def method(config, train_head=False, split=None, whole=None):
-  """The terms of `config.method`, and RGAL's two triplet terms, which any method may have.
-
-  `train_head`: the student has a feature head that is to learn. `split` and `whole` are shardings, for terms that
-  place large arrays: along the batch, and on every device.
+def method(parts: Parts) -> Method:
+  """The method of a config, with RGAL's two triplet terms, which any method may have, and its active terms alone.
 
   Raises:
-    Refusal: the method is unknown, or a weight is not 0 whose term the method does not have.
+    Refusal: a weight is not 0 whose term the method does not have.
   """
-  if config.method not in METHODS:
-    raise Refusal(f"no method '{config.method}'; choose one of {', '.join(METHODS)}.")
-  found = METHODS[config.method](config, train_head, split, whole)
+  config = parts.config
+  found = METHODS[config.method].method(parts)
   generator, student = rgal.triplet_terms(config)
-  found = dataclasses.replace(
-    found, generator_terms={**found.generator_terms, **generator}, student_terms={**found.student_terms, **student}
+  return dataclasses.replace(
+    found,
+    generator_terms=active(config, "generator", {**found.generator_terms, **generator}),
+    student_terms=active(config, "student", {**found.student_terms, **student}),
   )
-  for player, terms in (("generator", found.generator_terms), ("student", found.student_terms)):
-    for name, weight in config.loss[player].items():
-      if weight and name not in terms:
-        raise Refusal(
-          f"config.loss.{player}.{name} is {weight}, but method '{config.method}' has no such term: set it to 0. Its"
-          f" terms are {', '.join(terms)}; the configs of the method have their weights."
-        )
-  return found
+
+
+def active(config, player: str, terms: dict[str, Term]) -> dict[str, Term]:
+  """The terms whose weight in config.loss.PLAYER is not 0.
+
+  Raises:
+    Refusal: a weight without a term; or gradients of a term that couples the batch are to be accumulated.
+  """
+  weights, parts = config.loss[player], config[player].micro_batches
+  for name, weight in weights.items():
+    if weight and name not in terms and name != "head":
+      raise Refusal(
+        f"config.loss.{player}.{name} is {weight}, but method '{config.method}' has no such term; set it to 0. Its"
+        f" terms are {', '.join(terms)}, and the configs of the method have their weights."
+      )
+    if weight and parts > 1 and name in terms and terms[name].couples_batch:
+      raise Refusal(
+        f"config.{player}.micro_batches is {parts}, but the term config.loss.{player}.{name} compares samples across"
+        " the whole batch; set micro_batches to 1 or the weight to 0."
+      )
+  return {name: term for name, term in terms.items() if weights[name]}
+
+
+def check(config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses settings that the config's method cannot work with."""
+  module = METHODS[config.method]
+  if hasattr(module, "check"):
+    module.check(config, mesh)
+  elif config.generator.net == "pixels":
+    raise Refusal(
+      f"config.generator.net 'pixels' has no parameters to train, and method '{config.method}' trains its generator;"
+      " choose another generator."
+    )
+
+
+__all__ = ["METHODS", "Parts", "check", "inversion", "method"]

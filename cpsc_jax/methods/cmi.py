@@ -5,67 +5,109 @@ all others, those of a memory bank included. What is compared is the teacher's s
 critic that is trained along.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from cpsc_jax import losses, nets, pool
-from cpsc_jax.algorithm import Method
+from cpsc_jax import algorithm, losses, nets, streams
+from cpsc_jax import pool as pools
+from cpsc_jax.errors import Refusal
+from cpsc_jax.methods import inversion, terms
+from cpsc_jax.methods.base import Parts
+from cpsc_jax.setup import Method, Term
+from cpsc_jax.state import Output, State, TrainState, Tree, View
+from cpsc_jax.streams import Stream
 
+INVERTS = True
 SMALLEST = 0.25  # share of the image's area that a local view shows at least
 RATIO = 4 / 3  # of its sides, at most
 
 
-def method(config, train_head=False, split=None, whole=None):
-  g, s, c = config.loss.generator, config.loss.student, config.loss.views
-  temperature = config.loss.kd_temperature
-  generator_terms = {
-    "bn": (g.bn, lambda v: losses.bn_statistics(v.moments, v.running)),
-    "ce": (g.ce, lambda v: losses.cross_entropy(v.teacher.logits, v.labels)),
-    "adversarial": (g.adversarial, lambda v: -losses.kl_where_agreed(v.teacher.logits, v.student.logits)),
-    "views": (g.views, lambda v: instance_contrast(v, c.negatives, c.temperature)),
-  }
-  student_terms = {
-    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits, temperature)),
-  }
-  return Method(
-    generator_terms,
-    student_terms,
-    inverts=True,
-    critic=nets.Critic(c.width),
-    critic_width=stage_widths,
-    remember=lambda v: jnp.concatenate(two_views(v), axis=1),
-    bank_width=lambda shapes: 2 * stage_widths(shapes),
+def method(parts: Parts) -> Method:
+  c, pool = parts.config.loss.views, parts.config.pool
+  critic = nets.Critic(c.width)
+  width = sum(stage.shape[-1] for stage in nets.output_shapes(parts.teacher, parts.image_shape).stages)
+
+  def views(v: View) -> jax.Array:
+    return instance_contrast(v, critic, c.negatives, c.temperature)
+
+  def features(v: View) -> dict[str, jax.Array]:
+    return {"features": jnp.concatenate(two_views(v), axis=1)}
+
+  base = inversion.inverting(
+    parts,
+    {
+      "bn": terms.BN,
+      "ce": terms.CE,
+      "adversarial": terms.divergence(losses.kl_where_agreed),
+      "views": Term(views, couples_batch=True),
+    },
+    {"kd": terms.kd(parts.config)},
+    record=features,
+    recorded_shapes={"features": (2 * width,)},
   )
 
+  def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
+    trained, memory = base.init(key)
+    variables = jax.jit(critic.init)(key, jnp.zeros((2, width)))
+    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, parts.generator)
+    bank = pools.empty(pool.bank // pool.batch_size, pool.batch_size, features=((2 * width,), jnp.float32))
+    return trained, {**memory, "bank": bank}
 
-def stage_widths(shapes):
-  return sum(stage.shape[-1] for stage in shapes.stages)
+  def keep(state: State) -> State:
+    state = base.keep(state)
+    bank = pools.add(state.memory["bank"], features=state.memory["best"]["features"])
+    return state.replace(memory={**state.memory, "bank": bank})
+
+  trained, memory = base.shardings
+  shardings = trained, {**memory, "bank": pools.sharding(parts.mesh)}
+  return dataclasses.replace(base, init=init, keep=keep, shardings=shardings)
 
 
-def two_views(v):
-  """What the teacher makes of the local and of the global view, before the critic: two (N, D)."""
-  local = v.teach(zoom(jax.random.fold_in(v.key, 0), v.images))
-  means = lambda output: jnp.concatenate([jnp.mean(stage, (1, 2)) for stage in output.stages], axis=1)
-  return means(local), means(v.teacher)
+def check(config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses settings of pool, bank and contrast that do not fit each other."""
+  inversion.check(config, mesh)
+  for key in ("temperature", "negatives", "width"):
+    if config.loss.views[key] <= 0:
+      raise Refusal(f"config.loss.views.{key} is {config.loss.views[key]}; it must be greater than 0.")
+  inversion.check_multiple("config.pool.bank", config.pool.bank, config.pool.batch_size)
+  if config.pool.bank <= 0 or config.loss.views.negatives > config.pool.bank:
+    raise Refusal(
+      f"config.loss.views.negatives is {config.loss.views.negatives}, more than the {config.pool.bank} samples of the"
+      " bank; draw fewer or enlarge config.pool.bank."
+    )
 
 
-def instance_contrast(v, negatives, temperature):
-  """Each local view is to be told from all global ones, of this batch and of `negatives` from the bank: () (eq. 6)."""
+def two_views(v: View) -> tuple[jax.Array, jax.Array]:
+  """The teacher's averaged stages on the local and on the global views, before the critic: two (N, D)."""
+  local = v.teach(zoom(streams.key(v.key, Stream.LOCAL_VIEWS), v.images))
+  return averaged_stages(local), averaged_stages(v.teacher)
+
+
+def averaged_stages(output: Output) -> jax.Array:
+  return jnp.concatenate([losses.spatial_mean(stage) for stage in output.stages], axis=1)
+
+
+def instance_contrast(v: View, critic: nets.Critic, negatives: int, temperature: float) -> jax.Array:
+  """Each local view against all global ones, of this batch and of `negatives` from the bank: () (eq. 6)."""
   local, whole = two_views(v)
   number = local.shape[0]
-  drawn, there = pool.draw_apart(v.bank, jax.random.fold_in(v.key, 1), negatives)
+  key = streams.key(v.key, Stream.NEGATIVES)
+  drawn, present = pools.draw_without_replacement(v.memory["bank"], key, negatives)
   banked_local, banked_whole = jnp.split(drawn["features"], 2, axis=1)
-  ours = v.criticise(jnp.concatenate([local, banked_local]))
-  others = stop_gradient(v.criticise(jnp.concatenate([whole, banked_whole])))
-  there = jnp.concatenate([jnp.ones(number, bool), there])
-  log_p = jax.nn.log_softmax(jnp.where(there, ours @ others.T / temperature, -jnp.inf), axis=1)
-  wrong = -jnp.diagonal(log_p)
-  banked = jnp.where(there[number:], wrong[number:], 0.0)
-  return jnp.mean(wrong[:number]) + jnp.sum(banked) / jnp.maximum(jnp.sum(there[number:]), 1)
+  variables = {"params": v.trained["critic"]}
+  ours = critic.apply(variables, jnp.concatenate([local, banked_local]))
+  others = stop_gradient(critic.apply(variables, jnp.concatenate([whole, banked_whole])))
+  present = jnp.concatenate([jnp.ones(number, bool), present])
+  log_p = jax.nn.log_softmax(jnp.where(present, ours @ others.T / temperature, -jnp.inf), axis=1)
+  loss = -jnp.diagonal(log_p)
+  banked = jnp.where(present[number:], loss[number:], 0.0)
+  return jnp.mean(loss[:number]) + jnp.sum(banked) / jnp.maximum(jnp.sum(present[number:]), 1)
 
 
-def zoom(key, images_NHWK):
+def zoom(key: jax.Array, images_NHWK: jax.Array) -> jax.Array:
   """A random part of each image, between SMALLEST and all of its area, enlarged to its size; bilinear."""
   n, height, width, channels = images_NHWK.shape
   key_area, key_ratio, key_place = jax.random.split(key, 3)
@@ -75,7 +117,7 @@ def zoom(key, images_NHWK):
   size = jnp.array([height, width], images_NHWK.dtype)
   corner = jax.random.uniform(key_place, (n, 2)) * (1 - shares) * size
 
-  def one(image, share, corner):
+  def one(image: jax.Array, share: jax.Array, corner: jax.Array) -> jax.Array:
     shape = (height, width, channels)
     return jax.image.scale_and_translate(image, shape, (0, 1), 1 / share, -corner / share, "bilinear", antialias=False)
 

@@ -2,35 +2,52 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 
 from cpsc_jax import losses
-from cpsc_jax.algorithm import Method
+from cpsc_jax.mesh import batch_sharding, replicated
+from cpsc_jax.methods import terms
+from cpsc_jax.methods.base import Parts, alternating
+from cpsc_jax.setup import Method, Term
+from cpsc_jax.state import View
 
 
-def method(config, train_head=False, split=None, whole=None):
-  g, s, form = config.loss.generator, config.loss.student, config.loss.ikd_form
-  double, confidence = config.quirks.double_softmax, config.loss.confidence
+def method(parts: Parts) -> Method:
+  c = parts.config.loss
   supervised_contrast = losses.supervised_contrast
-  if config.loss.contrast == "blockwise":
+  if c.scl_form == "blockwise":
+    placement = {"split": batch_sharding(parts.mesh), "whole": replicated(parts.mesh)}
     supervised_contrast = functools.partial(
-      losses.supervised_contrast_blockwise, block=config.loss.contrast_block, split=split, whole=whole
+      losses.supervised_contrast_blockwise, block=c.scl_block, **placement
     )
-  contrast = lambda student, v: supervised_contrast(
-    jnp.stack([student, v.teacher.features], axis=1), v.labels, config.loss.temperature
-  )
+
+  def contrast(student_features: jax.Array, v: View) -> jax.Array:
+    """Every sample is seen twice, by the student and by the teacher."""
+    return supervised_contrast(jnp.stack([student_features, v.teacher.features], axis=1), v.labels, c.scl_temperature)
+
+  def ikd(v: View) -> jax.Array:
+    return losses.ikd(v.teacher.logits, v.student.logits, c.ikd_form)
+
+  def l2(v: View) -> jax.Array:
+    return losses.l2(v.teacher.logits, v.student.logits, c.ikd_form)
+
+  def teacher_ce(v: View) -> jax.Array:
+    return losses.cross_entropy_until_confident(v.teacher.logits, v.labels, c.confidence, c.double_softmax)
+
+  couples = c.ikd_form == "log"  # the logarithm of a mean
   generator_terms = {
-    "adversarial": (g.adversarial, lambda v: -losses.kl(v.teacher.logits, v.student.logits)),
-    "ikd": (g.ikd, lambda v: losses.ikd_generator(v.teacher.logits, v.student.logits, form)),
-    "bn": (g.bn, lambda v: losses.bn_statistics(v.moments, v.running)),
-    "scl": (g.scl, lambda v: contrast(v.student.features, v)),
-    "ce": (g.ce, lambda v: losses.cross_entropy_until_confident(v.teacher.logits, v.labels, confidence, double)),
+    "adversarial": terms.divergence(losses.kl),
+    "ikd": Term(ikd, couples_batch=couples),
+    "bn": terms.BN,
+    "scl": Term(lambda v: contrast(v.student.features, v), couples_batch=True),
+    "ce": Term(teacher_ce),
   }
   student_terms = {
-    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits, config.loss.kd_temperature)),
-    "l2": (s.l2, lambda v: losses.ikd_student(v.teacher.logits, v.student.logits, form)),
-    "ce": (s.ce, lambda v: losses.cross_entropy(v.student.logits, v.labels, double)),
-    "head": (s.head if train_head else 0.0, lambda v: contrast(v.student.head_features, v)),
+    "kd": terms.kd(parts.config),
+    "l2": Term(l2, couples_batch=couples),
+    "ce": terms.label_cross_entropy(double_softmax=c.double_softmax),
   }
-  return Method(generator_terms, student_terms)
+  if parts.trained_head:
+    student_terms["head"] = Term(lambda v: contrast(v.student.head_features, v), couples_batch=True)
+  return alternating(parts, generator_terms, student_terms)

@@ -1,20 +1,23 @@
 """DAFL: Data-Free Learning of Student Networks (Chen et al., ICCV 2019; arXiv 1904.01186)."""
 
-from jax.lax import stop_gradient
+import jax
 
 from cpsc_jax import losses
-from cpsc_jax.algorithm import Method
+from cpsc_jax.methods import terms
+from cpsc_jax.methods.base import Parts, alternating
+from cpsc_jax.setup import Method, Term
+from cpsc_jax.state import View
 
 
-def method(config, train_head=False, split=None, whole=None):
-  g, s = config.loss.generator, config.loss.student
-  temperature = config.loss.kd_temperature
+def method(parts: Parts) -> Method:
   generator_terms = {
-    "one_hot": (g.one_hot, lambda v: losses.cross_entropy(v.teacher.logits, v.teacher.logits.argmax(axis=-1))),
-    "activation": (g.activation, lambda v: losses.inactivity(v.teacher.pooled)),
-    "balance": (g.balance, lambda v: losses.imbalance(v.teacher.logits)),
+    "one_hot": Term(one_hot),
+    "activation": Term(lambda v: losses.activation(v.teacher.pooled)),
+    "balance": Term(lambda v: losses.balance(v.teacher.logits), couples_batch=True),
   }
-  student_terms = {
-    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits, temperature)),
-  }
-  return Method(generator_terms, student_terms)
+  return alternating(parts, generator_terms, {"kd": terms.kd(parts.config)})
+
+
+def one_hot(v: View) -> jax.Array:
+  """The teacher's prediction against its own most likely class."""
+  return losses.cross_entropy(v.teacher.logits, v.teacher.logits.argmax(axis=-1))

@@ -3,44 +3,44 @@
 `triplet_terms` are its own idea and can be added to any method.
 """
 
-from jax.lax import stop_gradient
+import jax
+import ml_collections
 
-from cpsc_jax import losses
-from cpsc_jax.algorithm import Method
+from cpsc_jax import losses, streams
+from cpsc_jax.methods import inversion, terms
+from cpsc_jax.methods.base import Parts
+from cpsc_jax.setup import Method, Term
+from cpsc_jax.state import View
+from cpsc_jax.streams import Stream
 
-
-def method(config, train_head=False, split=None, whole=None):
-  g, s = config.loss.generator, config.loss.student
-  temperature = config.loss.kd_temperature
-  generator_terms = {
-    "bn": (g.bn, lambda v: losses.bn_statistics(v.moments, v.running)),
-    "ce": (g.ce, lambda v: losses.cross_entropy(v.teacher.logits, v.labels)),
-    "adversarial": (g.adversarial, lambda v: -losses.kl_where_agreed(v.teacher.logits, v.student.logits)),
-  }
-  student_terms = {
-    "kd": (s.kd, lambda v: losses.kl(stop_gradient(v.teacher.logits), v.student.logits, temperature)),
-    "channel": (s.channel, lambda v: losses.channel_distillation(v.teacher.stages, v.student.projected)),
-  }
-  return Method(generator_terms, student_terms, inverts=True)
+INVERTS = True
+check = inversion.check
 
 
-def triplet_terms(config):
+def method(parts: Parts) -> Method:
+  channel = Term(lambda v: losses.channel_distillation(v.teacher.stages, v.student.projected))
+  generator_terms = {"bn": terms.BN, "ce": terms.CE, "adversarial": terms.divergence(losses.kl_where_agreed)}
+  return inversion.inverting(parts, generator_terms, {"kd": terms.kd(parts.config), "channel": channel})
+
+
+def triplet_terms(config: ml_collections.ConfigDict) -> tuple[dict[str, Term], dict[str, Term]]:
   """RGAL's terms of generator and student, in opposite directions, as two tables of terms.
 
-  Synthesis pushes samples of one class apart and pulls classes together, in the teacher's eyes; the student does the
-  opposite with its own. Labels are those that the teacher gives.
+  Synthesis pushes samples of one class apart and pulls classes together, in the teacher's features; the student does
+  the opposite with its own. Labels are the teacher's predictions.
   """
   c = config.loss.triplet
-  believed = lambda v: v.teacher.logits.argmax(axis=-1)
 
-  def synthesis(v):
-    of = v.teacher
-    swapped = not config.quirks.unswapped_triplets
-    return losses.triplets(of.stages, of.logits, believed(v), v.key, c.margin, focal=c.focal, swapped=swapped)
+  def synthesis(v: View) -> jax.Array:
+    of, key = v.teacher, streams.key(v.key, Stream.SYNTHESIS_TRIPLETS)
+    return losses.triplets(of.stages, of.logits, predicted(v), key, c.margin, focal=c.focal, swapped=c.swapped)
 
-  def learning(v):
-    of = v.student
-    return losses.triplets(of.stages, of.logits, believed(v), v.key, c.margin)
+  def learning(v: View) -> jax.Array:
+    of, key = v.student, streams.key(v.key, Stream.STUDENT_TRIPLETS)
+    return losses.triplets(of.stages, of.logits, predicted(v), key, c.margin)
 
-  weights = config.loss.generator.triplet, config.loss.student.triplet
-  return {"triplet": (weights[0], synthesis)}, {"triplet": (weights[1], learning)}
+  return {"triplet": Term(synthesis, couples_batch=True)}, {"triplet": Term(learning, couples_batch=True)}
+
+
+def predicted(v: View) -> jax.Array:
+  return v.teacher.logits.argmax(axis=-1)

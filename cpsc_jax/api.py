@@ -1,0 +1,202 @@
+"""Distillation from Python: arrays and modules in, a `Run` out. The command line does the same from files."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from cpsc_jax import checkpoint, datasets, main, nets, sample, saved
+from cpsc_jax.config import REAL_ARMS
+from cpsc_jax.datasets import Dataset, InMemory
+from cpsc_jax.errors import Refusal, first_line
+from cpsc_jax.interop import export
+from cpsc_jax.mesh import make_mesh, replicate
+from cpsc_jax.run import run
+from cpsc_jax.state import Tree
+from cpsc_jax.teach import Teacher
+
+FORMATS = {
+  ".onnx": "onnx",
+  ".safetensors": "safetensors",
+  ".pt": "torch",
+  ".pth": "torch",
+  ".stablehlo": "stablehlo",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished distillation.
+
+  Attributes:
+    student: (module, variables) of the last epoch, or of the best where config.evaluate.headline is "best".
+    results: what results.json holds on the command line: every figure, with seed, versions, hardware and config.
+    history: {"teacher": [...], "student": [...]}, an entry per epoch.
+    generator: (module, variables), or None where the method keeps none.
+    card: what the student is: net, classes, image size, mean and std of its input, class names.
+    latent_dim: width of the generator's latents.
+  """
+
+  student: tuple[Any, Tree]
+  results: dict
+  history: dict
+  generator: tuple[Any, Tree] | None
+  card: dict
+  latent_dim: int
+
+  @property
+  def accuracy(self) -> float:
+    """The student's accuracy on the images it was evaluated on, at the headline epoch."""
+    return self.results["student"][self.results["headline"]]["accuracy"]
+
+  def samples(self, per_class: int = 16, seed: int = 0) -> np.ndarray:
+    """Fresh samples of every class, (C, per_class, H, W, K) in [0, 1].
+
+    Raises:
+      Refusal: the method keeps no generator.
+    """
+    if self.generator is None:
+      raise Refusal("this run has no generator to sample from: its method starts a new one in every iteration.")
+    net, variables = self.generator
+    card = {**self.card, "latent_dim": self.latent_dim}
+    images = sample.draw(saved.SavedNet(net, variables, card), range(card["num_classes"]), per_class, seed)
+    return datasets.denormalise(images, card["mean"], card["std"])
+
+  def export(self, path: str | pathlib.Path) -> float:
+    """Writes the student to the new file `path`, in the format of its suffix (see FORMATS).
+
+    Returns the largest difference between the file's outputs and the student's, as a fraction of the largest output.
+
+    Raises:
+      Refusal: an unknown suffix, a missing package, or a file that cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in FORMATS:
+      raise Refusal(f"cannot tell a format from '{path.name}'; end its name in one of {', '.join(FORMATS)}.")
+    card = {**self.card, "digest": checkpoint.digest(self.student[1])}
+    return export.export_net(saved.SavedNet(*self.student, card), FORMATS[path.suffix], path)
+
+
+def distill(
+  teacher: tuple[Any, Tree] | str | pathlib.Path,
+  student: Any,
+  image_shape: Sequence[int],
+  num_classes: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  test: tuple[Any, Any],
+  *,
+  config: str | ml_collections.ConfigDict = "default",
+  overrides: Mapping[str, Any] | None = None,
+  workdir: str | pathlib.Path | None = None,
+  class_names: Sequence[str] | None = None,
+  photographs: bool = True,
+  on_epoch: Callable[[dict], None] | None = None,
+) -> Run:
+  """Distils a teacher into a smaller student without the teacher's data.
+
+  Args:
+    teacher: (module, variables) of a Flax module with __call__(x, train) that returns logits (N, C) or an `Output`; or
+      the folder of a saved teacher, which `cpsc-jax convert` makes of PyTorch weights.
+    student: the name of a net, such as "wrn_16_1" (docs/teachers.md lists them), or a module of your own like the
+      teacher's, which is then known by the name of its type.
+    image_shape: (H, W, K) of the images, H = W.
+    num_classes: classes of teacher and student.
+    mean, std: per channel, of pixels in [0, 1]; the teacher's input is (x - mean) / std.
+    test: (images (N, H, W, K) uint8, labels (N,)), on which both are evaluated and nothing is trained.
+    config: the name of a ready config ("digits", "cifar100:smoke", ...) or a config.
+    overrides: {dotted key: value} of the config, such as {"schedule.epochs": 10}.
+    workdir: where everything is written as on the command line, and resumed from; None: nothing is written.
+    class_names: what the classes are called.
+    photographs: whether a horizontal flip keeps an image's class.
+    on_epoch: is called with every epoch's entry of the history.
+
+  Raises:
+    Refusal: names what does not fit, and how to mend it.
+  """
+  c = _config(config, student if isinstance(student, str) else _register(student, image_shape), overrides or {})
+  height, width, channels = image_shape
+  if height != width:
+    raise Refusal(f"image_shape is {tuple(image_shape)}; images must be square.")
+  statistics = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+  for name, values in statistics.items():
+    if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
+      raise Refusal(f"{name} is {values}; it must be {channels} finite numbers, one per channel, and std above 0.")
+  spec = Dataset(num_classes, height, channels, **statistics, sizes={}, photographs=photographs)
+  data, given = InMemory(spec, *test, class_names), None
+  c.dataset.name = data.name
+  if isinstance(teacher, str | pathlib.Path):
+    c.teacher.checkpoint = str(teacher)
+  else:
+    c.teacher.checkpoint, given = "given from Python", _given_teacher(*teacher, data)
+  finished = run(c, workdir, data=data, given=given, on_epoch=on_epoch)
+  if finished.student is None:
+    return _reopened(pathlib.Path(workdir), finished.results)
+  chosen = finished.student_best if finished.results["headline"] == "best" else finished.student
+  latent_dim = finished.results["config"]["generator"]["latent_dim"]
+  return Run(chosen, finished.results, finished.history, finished.generator, finished.card, latent_dim)
+
+
+def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Mapping[str, Any]) -> Any:
+  """A config of the caller's own, with the overrides."""
+  if isinstance(config, str):
+    config, _ = main.parse(["distill", f"--config={config}"])
+  c = ml_collections.ConfigDict(config.to_dict()).lock()
+  try:
+    c.update_from_flattened_dict({"student.net": student, **overrides})
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise Refusal(f"overrides: {main.last_line(error)}; configs/default.py explains every key.") from error
+  if c.arm in REAL_ARMS or c.evaluate.split != "test":
+    raise Refusal(
+      f"config.arm is '{c.arm}' and config.evaluate.split '{c.evaluate.split}'; from arrays only data-free arms on"
+      " 'test' can run. Prepare the data set (cpsc-jax prepare) and use the command line for the others."
+    )
+  return c
+
+
+def _register(student: Any, image_shape: Sequence[int]) -> str:
+  """Makes a module of the caller's known by the name of its type."""
+  module, name = nets.adapt(student, tuple(image_shape)), type(student).__name__
+  nets.NETS[name] = lambda num_classes, dtype=None: module
+  return name
+
+
+def _given_teacher(module: Any, variables: Tree, data: InMemory) -> Teacher:
+  """The caller's module and variables as a teacher, tried on two images."""
+  spec, net = data.spec, nets.adapt(module, data.spec.image_shape)
+  variables = {"batch_stats": {}, **variables}
+  if "params" not in variables:
+    raise Refusal(f"the teacher's variables have {', '.join(variables)}; expected what module.init returns, with params.")
+  x = jax.ShapeDtypeStruct((2, *spec.image_shape), np.float32)
+  try:
+    logits = jax.eval_shape(lambda x: net.apply(variables, x, train=False), x).logits
+  except Exception as error:  # a module of the caller's may raise anything
+    raise Refusal(f"the teacher cannot be applied to its variables: {first_line(error)}") from error
+  if logits.shape != (2, spec.num_classes):
+    raise Refusal(f"the teacher gives {logits.shape[-1]} logits, and num_classes is {spec.num_classes}.")
+  card = {
+    "net": type(module).__name__,
+    "num_classes": spec.num_classes,
+    "image_size": spec.image_size,
+    "channels": spec.channels,
+    "mean": list(spec.mean),
+    "std": list(spec.std),
+    "dataset": data.name,
+    "digest": checkpoint.digest(variables),
+  }
+  return Teacher(net, replicate(jax.tree.map(np.asarray, variables), make_mesh()), card)
+
+
+def _reopened(workdir: pathlib.Path, results: dict) -> Run:
+  """The `Run` of a folder that was finished before."""
+  student = saved.load(workdir / ("student_best" if results["headline"] == "best" else "student"))
+  generator = saved.load(workdir / "generator") if (workdir / "generator").exists() else None
+  history = json.loads((workdir / "history.json").read_text())
+  latent_dim = results["config"]["generator"]["latent_dim"]
+  pair = (generator.net, generator.variables) if generator else None
+  return Run((student.net, student.variables), results, history, pair, student.card, latent_dim)

@@ -1,0 +1,255 @@
+"""From the config as given to the config that runs: the reference switch, and every check, before any work."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from cpsc_jax import methods, nets
+from cpsc_jax.datasets import Dataset
+from cpsc_jax.errors import Refusal
+from cpsc_jax.mesh import check_divisible
+from cpsc_jax.setup import Player
+
+Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
+
+REAL_ARMS = ("real_kd", "real_labels")
+CHOICES = {
+  "arm": ("distill", "untrained_generator", *REAL_ARMS),
+  "precision": ("float32", "bfloat16", "float16"),
+  "method": tuple(methods.METHODS),
+  "loss.ikd_form": ("mse", "log"),
+  "loss.scl_form": ("dense", "blockwise"),
+  "generator.schedule": ("steps", "cosine"),
+  "generator.optimiser": ("adam", "restarted_adam"),
+  "generator.student_mode": ("eval", "train"),
+  "student.optimiser": ("sgd", "adamw"),
+  "student.schedule": ("cosine", "published_steps"),
+  "student.head": ("trained", "frozen"),
+  "teacher.optimiser": ("sgd", "adamw"),
+  "teacher.schedule": ("cosine", "cosine_per_epoch"),
+  "evaluate.split": ("test", "validation"),
+  "evaluate.headline": ("last", "best"),
+}
+POSITIVE = (
+  "teacher.epochs",
+  "teacher.batch_size",
+  "teacher.micro_batches",
+  "student.steps",
+  "student.micro_batches",
+  "generator.steps",
+  "generator.micro_batches",
+  "generator.latent_dim",
+  "generator.width",
+  "schedule.epochs",
+  "schedule.iterations",
+  "schedule.batch_size",
+  "evaluate.every",
+  "evaluate.batch_size",
+  "evaluate.samples_per_class",
+  "checkpoint.every",
+  "checkpoint.minutes",
+  "loss.scl_temperature",
+  "loss.scl_block",
+  "loss.kd_temperature",
+  "pool.size",
+  "pool.batch_size",
+)
+
+
+def as_published(config: ml_collections.ConfigDict) -> None:
+  """Sets what the published code of CPSC-DFKD does, with its weights and learning rates, in place."""
+  generator = {"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7}
+  student = {"kd": 1.0, "l2": 5.0, "ce": 0.7}
+  for section, weights in ((config.loss.generator, generator), (config.loss.student, student)):
+    section.update({**dict.fromkeys(section, 0.0), **weights})
+  form = "log" if config.dataset.name == "cifar10" else "mse"
+  config.precision, config.loss_scaling = "float16", False
+  config.loss.update({"scl_temperature": 0.07, "confidence": 1.0, "kd_temperature": 1.0, "double_softmax": True})
+  config.loss.ikd_form = form
+  config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999, "optimiser": "restarted_adam", "conditional": True})
+  config.generator.update({"crop_pad": 0, "flip": False, "label_limit": 100})
+  config.generator.update({"student_mode": "train", "stats_in_student_steps": True})
+  config.student.update({"crop_pad": 0, "flip": False, "head": "frozen", "optimiser": "sgd", "decay_norms": True})
+  config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "published_steps"})
+  config.teacher.schedule = "cosine_per_epoch"
+  config.evaluate.headline = "best"
+
+
+def resolve(
+  config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher: Any = None
+) -> ml_collections.FrozenConfigDict:
+  """A frozen copy of `config` with `reference` carried out, after all of CHECKS.
+
+  Args:
+    spec: what is known about the data set.
+    teacher: the teacher's module, if it is not the config's teacher.net.
+
+  Raises:
+    Refusal: names the key and how to mend it.
+  """
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.reference and config.method == "cpsc":
+    as_published(config)
+  for check in CHECKS:
+    check(config, spec, mesh)
+  check_terms(config, spec, mesh, teacher or nets.classifier(config.teacher.net, spec.num_classes))
+  return ml_collections.FrozenConfigDict(config)
+
+
+def check_choices(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  flat = dict(flatten(config))
+  for key, allowed in CHOICES.items():
+    if flat[key] not in allowed:
+      raise Refusal(f"config.{key} is '{flat[key]}'; it must be one of {', '.join(allowed)}.")
+  for key in POSITIVE:
+    if flat[key] <= 0:
+      raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
+  if config.generator.label_limit < 0:
+    raise Refusal(f"config.generator.label_limit is {config.generator.label_limit}; it must be at least 0.")
+
+
+def check_reference(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  if config.reference and config.method != "cpsc":
+    raise Refusal(f"config.reference is CPSC-DFKD's; leave it False for method '{config.method}'.")
+
+
+def check_schedule(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  if config.schedule.horizon and config.schedule.horizon < config.schedule.epochs:
+    raise Refusal(
+      f"config.schedule.horizon is {config.schedule.horizon}, shorter than the run's {config.schedule.epochs} epochs;"
+      " make it longer, or 0 for learning rates that fall over the run."
+    )
+
+
+def check_nets(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  nets.classifier(config.teacher.net, spec.num_classes)
+  nets.classifier(config.student.net, spec.num_classes)
+  nets.generator(config.generator.net, spec.num_classes, spec.image_size, spec.channels, config.generator.width)
+
+
+def check_batches(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  check_divisible(mesh, "config.schedule.batch_size", config.schedule.batch_size)
+  for player, batch_size in (
+    ("generator", config.schedule.batch_size),
+    ("student", config.schedule.batch_size),
+    ("teacher", config.teacher.batch_size),
+  ):
+    parts = config[player].micro_batches
+    if batch_size % (parts * mesh.size) and parts > 1:
+      raise Refusal(
+        f"config.{player}.micro_batches is {parts}, which does not divide a batch of {batch_size} over {mesh.size}"
+        " devices evenly; choose a divisor."
+      )
+
+
+def check_method(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  methods.check(config, mesh)
+
+
+def check_augmentation(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  players = ("student", "generator") if config.teacher.checkpoint else ("student", "generator", "teacher")
+  for player in players:
+    if config[player].flip and not spec.photographs:
+      raise Refusal(
+        f"config.{player}.flip must be False for '{config.dataset.name}': a flip changes the class of its images."
+      )
+
+
+def check_splits(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  name = config.dataset.name
+  if "train" not in spec.sizes:
+    if not config.teacher.checkpoint:
+      raise Refusal(
+        f"data set '{name}' has no training split to train a teacher on; name a trained one in"
+        " config.teacher.checkpoint (cpsc-jax convert makes it from PyTorch weights)."
+      )
+    if config.arm in REAL_ARMS:
+      raise Refusal(f"data set '{name}' has no training split, which arm '{config.arm}' needs; choose another arm.")
+    if config.evaluate.split == "validation":
+      raise Refusal(
+        f"data set '{name}' has no training split to hold a validation part out of; set config.evaluate.split to"
+        " 'test'."
+      )
+    return
+  train = spec.sizes["train"] - (spec.validation_size if config.evaluate.split == "validation" else 0)
+  if not config.teacher.checkpoint:
+    check_divisible(mesh, "config.teacher.batch_size", config.teacher.batch_size)
+    if config.teacher.batch_size > train:
+      raise Refusal(
+        f"config.teacher.batch_size is {config.teacher.batch_size}, more than the {train} training images of '{name}'."
+      )
+
+
+def check_terms(config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher: Any) -> None:
+  """Every weight has its term, and the nets have what the terms compare.
+
+  Stages must be as many for `channel` and of the same size for `attention`; `activation` needs unscaled features.
+  """
+  student, generator = config.loss.student, config.loss.generator
+  nobody = Player(net=None, optimiser=None, steps=0)  # the terms do not depend on the generator
+  head = config.student.micro_batches > 1 and has_trained_head(config, spec, teacher)
+  methods.method(methods.Parts(config, None, nobody, teacher, spec.image_shape, mesh, trained_head=head))
+  if not (student.channel or student.attention or student.triplet or generator.triplet or generator.activation):
+    return  # tracing two nets takes seconds where they are deep
+  ours = nets.output_shapes(nets.classifier(config.student.net, spec.num_classes), spec.image_shape)
+  theirs, teacher_name = nets.output_shapes(teacher, spec.image_shape), getattr(teacher, "name", None) or "the teacher"
+  teacher_name = config.teacher.net if teacher_name == "the teacher" and not config.teacher.checkpoint else teacher_name
+  sizes = [[stage.shape[1:-1] for stage in output.stages] for output in (ours, theirs)]
+  for term, fit in (("channel", len(sizes[0]) == len(sizes[1])), ("attention", sizes[0] == sizes[1])):
+    if student[term] and not fit:
+      raise Refusal(
+        f"config.loss.student.{term} compares stages, and those of {config.student.net} {sizes[0]} do not match"
+        f" those of {teacher_name} {sizes[1]}; set it to 0 or choose another config.student.net."
+      )
+  for player, output, net in (("student", ours, config.student.net), ("generator", theirs, teacher_name)):
+    if config.loss[player].triplet and not output.stages:
+      raise Refusal(f"config.loss.{player}.triplet needs the stages of {net}, which publishes none; set it to 0.")
+  if generator.activation and theirs.pooled is None:
+    raise Refusal(
+      f"config.loss.generator.activation needs `Output.pooled`, which {teacher_name} does not publish; build its output"
+      " by nets.outputs or set the weight to 0."
+    )
+
+
+def has_trained_head(config: Config, spec: Dataset, teacher: Any) -> bool:
+  """Whether the student is given a feature head that learns, because its features are not as wide as the teacher's."""
+  student = nets.classifier(config.student.net, spec.num_classes)
+  widths = {nets.feature_width(net, spec.image_shape) for net in (student, teacher)}
+  return config.student.head == "trained" and len(widths) == 2
+
+
+CHECKS = (
+  check_choices,
+  check_reference,
+  check_schedule,
+  check_nets,
+  check_batches,
+  check_method,
+  check_augmentation,
+  check_splits,
+)
+
+
+def dump(config: Config) -> str:
+  """The config as indented JSON with sorted keys."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(config: Config, saved: dict) -> list[str]:
+  """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count."""
+  ours, theirs = dict(flatten(json.loads(dump(config)))), dict(flatten(saved))
+  return sorted(
+    k for k in ours.keys() | theirs.keys() if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, ...)
+  )
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted key, value) pairs of a config or of nested dictionaries."""
+  for key, value in tree.items():
+    if isinstance(value, dict | ml_collections.ConfigDict | ml_collections.FrozenConfigDict):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value

@@ -1,0 +1,128 @@
+"""From a config to what trains: nets, optimisers, method and source."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpsc_jax import datasets, methods, nets, optim
+from cpsc_jax.config import Config
+from cpsc_jax.datasets import Dataset
+from cpsc_jax.gradients import Policy
+from cpsc_jax.progress import say
+from cpsc_jax.setup import Noise, Player, Setup
+
+
+def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sharding.Mesh) -> Setup:
+  """The setup of a resolved config.
+
+  Args:
+    spec: what is known about the data set.
+    teacher: the teacher's module.
+    card: `mean` and `std` of the teacher's input.
+  """
+  generator = build_generator(config, spec, card)
+  student, has_head = build_student(config, spec, teacher)
+  steps = config.schedule.iterations * config.student.steps
+  noise = Noise(
+    latent_dim=getattr(generator.net, "latent_dim", config.generator.latent_dim),
+    num_labels=min(config.generator.label_limit or spec.num_classes, spec.num_classes),
+    labelled=config.generator.conditional or inverts(config),
+    mesh=mesh,
+  )
+  trained_head = has_head and config.student.head == "trained"
+  method = methods.method(methods.Parts(config, noise, generator, teacher, spec.image_shape, mesh, trained_head))
+  if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
+    say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
+    terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
+    method = dataclasses.replace(method, generator_terms=terms)
+  return Setup(
+    student=Player(
+      net=student,
+      optimiser=optim.student_optimiser(config, steps),
+      steps=config.student.steps,
+      policy=policy(config, config.student.micro_batches),
+      augment=augmentation(config.student, card),
+      loss_scaling=scales_loss(config),
+    ),
+    method=method,
+    mesh=mesh,
+    weights={
+      "generator": {name: config.loss.generator[name] for name in method.generator_terms},
+      "student": {name: config.loss.student[name] for name in method.student_terms},
+    },
+    teacher=teacher,
+    generator=generator,
+    student_trains_in_generator_steps=config.generator.student_mode == "train",
+  )
+
+
+def build_teacher(config: Config, card: dict) -> Any:
+  """The module of a card, computing in the config's precision."""
+  return nets.classifier(card["net"], card["num_classes"], compute_dtype(config))
+
+
+def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
+  c = config.generator
+  classes = spec.num_classes if c.conditional else 1
+  net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, compute_dtype(config))
+  iterations = config.schedule.iterations
+  every = (c.steps, 1) if inverts(config) else (iterations * c.steps, None)
+  return Player(
+    net=net,
+    optimiser=optim.generator_optimiser(config, *every),
+    steps=0 if config.arm == "untrained_generator" else c.steps,
+    policy=policy(config, c.micro_batches),
+    augment=augmentation(c, card),
+    loss_scaling=scales_loss(config),
+  )
+
+
+def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, bool]:
+  """(the student's module, whether it has a feature head because its features are not as wide as the teacher's)."""
+  student = nets.classifier(config.student.net, spec.num_classes, compute_dtype(config))
+  ours, theirs = (nets.feature_width(net, spec.image_shape) for net in (student, teacher))
+  if ours != theirs:
+    student = nets.FeatureHead(student, theirs, normalise=config.student.head == "trained")
+  if config.loss.student.channel:
+    stages = nets.output_shapes(teacher, spec.image_shape).stages
+    student = nets.StageProjections(student, tuple(stage.shape[-1] for stage in stages))
+  return student, ours != theirs
+
+
+def inverts(config: Config) -> bool:
+  """Whether the config's method fits a new generator in every iteration."""
+  return getattr(methods.METHODS[config.method], "INVERTS", False)
+
+
+def compute_dtype(config: Config) -> jnp.dtype | None:
+  """What convolutions and the generator's linear layer compute in; None: float32."""
+  return None if config.precision == "float32" else jnp.dtype(config.precision)
+
+
+def policy(config: Config, micro_batches: int) -> Policy:
+  return Policy(config.rematerialise, micro_batches)
+
+
+def scales_loss(config: Config) -> bool:
+  return config.precision == "float16" and config.loss_scaling
+
+
+def augmentation(section: Config, card: dict) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+  """(key, normalised images) -> images by a section's crop_pad and flip, or None where it asks for neither."""
+  if not (section.crop_pad or section.flip):
+    return None
+  black = black_of(card["mean"], card["std"])
+
+  def augment(key: jax.Array, x: jax.Array) -> jax.Array:
+    return datasets.augment(key, x, section.crop_pad, section.flip, fill=black)
+
+  return augment
+
+
+def black_of(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+  """A black pixel in normalised space, (K,)."""
+  return -np.asarray(mean) / np.asarray(std)

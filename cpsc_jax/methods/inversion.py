@@ -1,0 +1,147 @@
+"""Model inversion: every iteration fits a new generator and one batch of latents, and the best images join a pool.
+
+The learning rate schedule of the generator runs over the updates of one iteration. RGAL, DeepInversion and CMI are of
+this kind; what else a method keeps (CMI's critic and bank) it adds to what `inverting` returns.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cpsc_jax import algorithm, nets, sources, streams
+from cpsc_jax import pool as pools
+from cpsc_jax.errors import Refusal
+from cpsc_jax.mesh import batch_sharding, check_divisible, replicated
+from cpsc_jax.methods.base import Parts
+from cpsc_jax.setup import LATENTS, Method, Term
+from cpsc_jax.state import Losses, State, TrainState, Tree, View
+from cpsc_jax.streams import Stream
+
+Recorded = dict[str, jax.Array]
+
+
+def inverting(
+  parts: Parts,
+  generator_terms: dict[str, Term],
+  student_terms: dict[str, Term],
+  record: Callable[[View], Recorded] = lambda view: {},
+  recorded_shapes: dict[str, tuple[int, ...]] | None = None,
+) -> Method:
+  """A method of this kind.
+
+  `record` gives what is kept of a batch beside its images, {name: (N, ...)}, and `recorded_shapes` the shapes of one
+  sample of it. `State.memory` is {"pool", "best": {"loss", "images", ...}, "labels"}: the best batch of the iteration
+  so far, and the labels that were asked for.
+  """
+  config, noise, generator, mesh = parts.config, parts.noise, parts.generator, parts.mesh
+  number, shape = config.pool.batch_size, parts.image_shape
+
+  def init(_: jax.Array) -> tuple[dict[str, TrainState], Tree]:
+    z = jnp.zeros((number, noise.latent_dim))
+    shapes = {"images": shape, **(recorded_shapes or {})}
+    best = {name: jnp.zeros((number, *each)) for name, each in shapes.items()}
+    slots = config.pool.size // number
+    memory = {
+      "pool": pools.empty(slots, number, images=(shape, jnp.float32), labels=((), jnp.int32)),
+      "best": {**best, "loss": jnp.zeros(())},
+      "labels": jnp.zeros((number,), jnp.int32),
+    }
+    return {LATENTS: TrainState(z, {}, jax.jit(generator.optimiser.init)(z))}, memory
+
+  def begin(state: State, key: jax.Array) -> State:
+    """New latents, new labels and a new generator; the best batch so far is its first."""
+    z, y = noise.draw(key, number)
+    variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
+    fresh = algorithm.train_state(variables, generator).replace(loss_scale=state.generator.loss_scale)
+    x, _ = sources.sample_images(generator.net, fresh.variables, z, y)
+    latents = TrainState(z, {}, generator.optimiser.init(z))
+    best = {**state.memory["best"], "loss": jnp.array(jnp.inf), "images": x}
+    new = {
+      "generator": fresh,
+      "trained": {**state.trained, LATENTS: latents},
+      "memory": {**state.memory, "best": best, "labels": y},
+    }
+    old = {name: getattr(state, name) for name in new}
+    return state.replace(**jax.tree.map(lambda a, b: a.astype(b.dtype), new, old))
+
+  def draw(state: State, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return state.trained[LATENTS].params, state.memory["labels"]
+
+  def with_images(view: View) -> Recorded:
+    return {"images": view.images, **record(view)}
+
+  def observe(state: State, losses: Losses, recorded: Recorded) -> State:
+    """Remembers the batch if its loss is the least so far."""
+    best, new = state.memory["best"], {"loss": losses.total, **recorded}
+    better = losses.total < best["loss"]
+    best = {name: jnp.where(better, new[name], best[name]) for name in best}
+    return state.replace(memory={**state.memory, "best": best})
+
+  def keep(state: State) -> State:
+    memory = state.memory
+    pool = pools.add(memory["pool"], images=memory["best"]["images"], labels=memory["labels"])
+    return state.replace(memory={**memory, "pool": pool})
+
+  def samples(state: State, key: jax.Array, label: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    pool = state.memory["pool"]
+    ours = pools.filled(pool) & (pool.arrays["labels"] == label)
+    order = jnp.where(ours, jax.random.uniform(key, ours.shape), -1.0).reshape(-1)
+    value, place = jax.lax.top_k(order, min(count, order.size))
+    x, exists = pool.arrays["images"][jnp.unravel_index(place, ours.shape)], value >= 0
+    return jnp.where(exists[:, None, None, None], x, 0.0), exists
+
+  whole, batch = replicated(mesh), batch_sharding(mesh)
+  best = {**dict.fromkeys((recorded_shapes or {}), batch), "images": batch, "loss": whole}
+  shardings = whole, {"pool": pools.sharding(mesh), "best": best, "labels": whole}
+  return Method(
+    generator_terms,
+    student_terms,
+    source=student_source(parts),
+    init=init,
+    begin=begin,
+    draw=draw,
+    record=with_images,
+    observe=observe,
+    keep=keep,
+    samples=samples,
+    pool=lambda state: state.memory["pool"],
+    noise=noise,
+    shardings=shardings,
+  )
+
+
+def student_source(parts: Parts) -> sources.Source:
+  """The pool, mixed with config.pool.fresh_share of samples that the present generator draws afresh."""
+  config, mesh = parts.config, parts.mesh
+  number = fresh_number(config)
+  pooled = sources.pooled(config.schedule.batch_size - number, mesh)
+  if not number:
+    return pooled
+  return sources.mixture([sources.fresh(parts.generator.net, parts.noise, number), pooled], mesh)
+
+
+def fresh_number(config) -> int:
+  return round(config.pool.fresh_share * config.schedule.batch_size)
+
+
+def check(config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses sizes of pool and batches that do not fit each other or the devices."""
+  batch = config.pool.batch_size
+  check_divisible(mesh, "config.pool.batch_size", batch)
+  check_multiple("config.pool.size", config.pool.size, batch)
+  if not 0 <= fresh_number(config) < config.schedule.batch_size:
+    raise Refusal(
+      f"config.pool.fresh_share is {config.pool.fresh_share}; it must be at least 0 and leave some of the"
+      f" {config.schedule.batch_size} images of config.schedule.batch_size to the pool."
+    )
+  if fresh_number(config):
+    for count in (fresh_number(config), config.schedule.batch_size - fresh_number(config)):
+      check_divisible(mesh, "a part of config.schedule.batch_size under config.pool.fresh_share", count)
+  if config.generator.micro_batches != 1:
+    raise Refusal("config.generator.micro_batches must be 1 for methods that optimise their latents.")
+
+
+def check_multiple(what: str, size: int, batch: int) -> None:
+  if size % batch:
+    raise Refusal(f"{what} is {size}; set it to a multiple of config.pool.batch_size, {batch}.")

@@ -1,0 +1,52 @@
+"""Terms that several methods share. Weights come from the config; here stands what is weighted."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import ml_collections
+from jax.lax import stop_gradient
+
+from cpsc_jax import losses
+from cpsc_jax.setup import Term
+from cpsc_jax.state import View
+
+
+def kd(config: ml_collections.ConfigDict) -> Term:
+  """The student's divergence from the teacher, at config.loss.kd_temperature."""
+
+  def value(v: View) -> jax.Array:
+    return losses.kl(stop_gradient(v.teacher.logits), v.student.logits, config.loss.kd_temperature)
+
+  return Term(value)
+
+
+def label_cross_entropy(label_smoothing: float = 0.0, double_softmax: bool = False) -> Term:
+  """The student's prediction against the labels."""
+  return on_student(functools.partial(_cross_entropy, label_smoothing=label_smoothing, double_softmax=double_softmax))
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array, **options: float) -> jax.Array:
+  return losses.cross_entropy(logits, labels, **options)
+
+
+def on_student(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
+  """A loss of the student's logits (N, C) and the labels (N,)."""
+  return Term(lambda v: loss(v.student.logits, v.labels))
+
+
+def divergence(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
+  """A loss of both nets' logits (N, C), turned round: the generator looks for samples on which it is large."""
+  return Term(lambda v: -loss(v.teacher.logits, v.student.logits))
+
+
+def batch_norm(v: View) -> jax.Array:
+  return losses.bn_statistics(v.teacher.statistics)
+
+
+def teacher_cross_entropy(v: View) -> jax.Array:
+  return losses.cross_entropy(v.teacher.logits, v.labels)
+
+
+BN = Term(batch_norm, couples_batch=True)
+CE = Term(teacher_cross_entropy)

@@ -1,0 +1,276 @@
+"""What a run leaves: its folder, its results and its files, each written whole or not at all."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from cpsc_jax import checkpoint, datasets, nets, report
+from cpsc_jax import config as configs
+from cpsc_jax.config import Config
+from cpsc_jax.errors import Refusal
+from cpsc_jax.loop import Outcome
+from cpsc_jax.mesh import is_primary, primary_first, replicated
+from cpsc_jax.pool import Pool
+from cpsc_jax.progress import working
+from cpsc_jax.setup import Setup
+from cpsc_jax.state import Tree
+from cpsc_jax.teach import Teacher
+
+PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """A finished run.
+
+  Attributes:
+    results: what results.json holds.
+    history: what history.json holds; None where the run was finished before.
+    student: (module, variables) of the last epoch, without heads and in float32; None where it was finished before.
+    student_best: the same of the best epoch.
+    generator: (module, variables), or None where the method keeps none.
+    card: what the student is: its net, classes and normalisation.
+  """
+
+  results: dict
+  history: dict | None = None
+  student: tuple[Any, Tree] | None = None
+  student_best: tuple[Any, Tree] | None = None
+  generator: tuple[Any, Tree] | None = None
+  card: dict | None = None
+
+
+def earlier_results(workdir: pathlib.Path | None, config: Config) -> dict | None:
+  """The results of a finished run of `config` in `workdir`, or None; nothing is written.
+
+  Raises:
+    Refusal: the folder belongs to another config, or cannot be read.
+  """
+  if workdir is None:
+    return None
+  config_path, results_path = workdir / "config.json", workdir / "results.json"
+  try:
+    saved = json.loads(config_path.read_text()) if config_path.exists() else None
+    results = json.loads(results_path.read_text()) if results_path.exists() else None
+  except (OSError, ValueError) as error:
+    raise Refusal(f"cannot read what is in {workdir} ({error}); choose another --workdir.") from error
+  changed = configs.differences(config, saved) if saved else []
+  if changed:
+    raise Refusal(
+      f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir."
+    )
+  return results
+
+
+def claim(workdir: pathlib.Path | None, config: Config) -> None:
+  """Makes `workdir` this config's, on all processes.
+
+  Raises:
+    Refusal: it cannot be written, or is not the folder that process 0 sees.
+  """
+  if workdir is not None:
+    primary_first(lambda: _claim(workdir, config))
+
+
+def _claim(workdir: pathlib.Path, config: Config) -> None:
+  if not is_primary() and not (workdir / "config.json").exists():
+    raise Refusal(
+      f"process {jax.process_index()} does not see {workdir} of process 0; name a folder that all processes share."
+    )
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+      write_whole(workdir / "config.json", configs.dump(config).encode())
+    (workdir / ".writable").touch()
+    (workdir / ".writable").unlink()
+  except OSError as error:
+    raise Refusal(f"cannot write to {workdir} ({error.strerror}); choose another --workdir.") from error
+
+
+def finish(
+  workdir: pathlib.Path | None,
+  config: Config,
+  setup: Setup,
+  data: datasets.Data,
+  teacher: Teacher,
+  teacher_accuracy: float,
+  outcome: Outcome,
+  sheet: tuple[np.ndarray, np.ndarray] | None,
+  test_images: int,
+  started: float,
+) -> Finished:
+  """Works out the results of a training that has ended and, with a `workdir`, writes all of its files.
+
+  Args:
+    sheet: (samples (C, n, H, W, K) in normalised space, label fidelity (C,)), or None where nothing was generated.
+    started: time.monotonic() at which the whole run began.
+  """
+  card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
+  card["class_names"] = data.class_names()
+  generator_card = card | {key: config.generator[key] for key in ("net", "latent_dim", "width", "conditional")}
+  student_card = card | {
+    "net": config.student.net,
+    "dataset": data.name,
+    "teacher_digest": teacher.card.get("digest"),
+  }
+  net, last = nets.deployed(setup.student.net, outcome.state.student.variables)
+  pool = setup.method.pool(outcome.state)
+  generator = outcome.state.generator if pool is None else None
+  results = {
+    **_about(config),
+    "teacher": _about_teacher(config, teacher, teacher_accuracy),
+    "student": {
+      "net": config.student.net,
+      "parameters": nets.count_parameters(last["params"]),
+      **_scores(config, outcome),
+    },
+    "generator": _about_generator(config, setup, outcome, sheet),
+    "evaluation": {"split": config.evaluate.split, "images": test_images},
+    "samples": _samples_drawn(config, setup),
+    "seconds_by_part": {"teacher": teacher.card.get("seconds", 0.0), "student": outcome.seconds},
+    "versions": {**{name: _version(name) for name in PACKAGES}, "python": platform.python_version()},
+    "hardware": hardware(),
+    "config": json.loads(configs.dump(config)),
+  }
+  results["agreement"] = results["student"][config.evaluate.headline]["agreement"]
+  history = {"teacher": teacher.card.get("history", []), "student": outcome.history}
+  held = held_images(pool, card, setup.mesh) if pool is not None else None
+  if held:
+    results["generator"]["pool"] = len(held["labels"])
+  if workdir is not None:
+    checkpoint.save_net(workdir / "student", last, student_card)
+    checkpoint.save_net(workdir / "student_best", outcome.best_variables, student_card)
+    if generator:
+      checkpoint.save_net(workdir / "generator", generator.variables, generator_card)
+    if is_primary():
+      _write_files(workdir, results, history, sheet, card, held, started)
+  results["seconds"] = results.get("seconds", time.monotonic() - started)
+  nets_of_run = {"student": (net, last), "student_best": (net, outcome.best_variables)}
+  if generator:
+    nets_of_run["generator"] = (setup.generator.net, generator.variables)
+  return Finished(results, history, card=student_card, **nets_of_run)
+
+
+def _write_files(workdir, results, history, sheet, card, held, started) -> None:
+  """results.json comes last: a folder that has it is complete."""
+  if sheet:
+    images = datasets.denormalise(sheet[0][:, : report.COLUMNS], card["mean"], card["std"])
+    save_arrays(workdir / "samples.npz", images=images)
+  if held:
+    save_arrays(workdir / "pool.npz", **held)
+  write_whole(workdir / "history.json", (json.dumps(history) + "\n").encode())
+  with working("drawing the pictures"):
+    report.draw(workdir, results)
+  results["seconds"] = time.monotonic() - started
+  write_whole(workdir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def _about(config: Config) -> dict:
+  return {
+    "name": config.name,
+    "arm": config.arm,
+    "method": config.method,
+    "reference": config.reference,
+    "seed": config.seed,
+    "headline": config.evaluate.headline,
+  }
+
+
+def _about_teacher(config: Config, teacher: Teacher, accuracy: float) -> dict:
+  return {
+    "net": teacher.card["net"],
+    "parameters": nets.count_parameters(teacher.variables["params"]),
+    "accuracy": accuracy,
+    "digest": teacher.card.get("digest"),
+    "checkpoint": config.teacher.checkpoint or ("trained in this run" if "seconds" in teacher.card else "given"),
+  }
+
+
+def _scores(config: Config, outcome: Outcome) -> dict:
+  """Epoch, accuracy and agreement of the last and of the best epoch."""
+  scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
+  epochs = {"last": config.schedule.epochs, "best": outcome.best_epoch}
+  return {which: {k: scored[e][k] for k in ("epoch", "accuracy", "agreement")} for which, e in epochs.items()}
+
+
+def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any) -> dict | None:
+  if sheet is None:
+    return None
+  labelled = setup.method.noise.labelled
+  return {
+    "net": config.generator.net,
+    "parameters": nets.count_parameters(outcome.state.generator.params),
+    "label_fidelity": float(np.mean(sheet[1])) if labelled else None,
+    "label_fidelity_per_class": [float(f) for f in sheet[1]] if labelled else None,
+  }
+
+
+def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
+  """Images that generator updates and student updates have seen."""
+  iterations = config.schedule.epochs * config.schedule.iterations
+  generator, inverts = setup.generator, setup.method.shardings is not None
+  batch = config.pool.batch_size if inverts else config.schedule.batch_size
+  return {
+    "generator": iterations * batch * generator.steps if generator else 0,
+    "student": iterations * config.schedule.batch_size * config.student.steps,
+  }
+
+
+def held_images(pool: Pool, card: dict, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+  """What an image pool holds at the end, as pictures: {"images": (N, H, W, K) uint8, "labels": (N,)}."""
+  whole = jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(pool))
+  slots = min(int(whole.count), whole.slots)
+  flat = {name: array[:slots].reshape(-1, *array.shape[2:]) for name, array in whole.arrays.items()}
+  images = datasets.denormalise(flat["images"], card["mean"], card["std"])
+  return {"images": np.round(255 * images).astype(np.uint8), "labels": flat["labels"]}
+
+
+def save_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file so that nobody sees it half written."""
+  scratch = path.with_name(path.name + ".partial")
+  scratch.write_bytes(content)
+  os.replace(scratch, path)
+
+
+def hardware() -> dict:
+  device = jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+    "cpu": cpu_model(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+  }
+
+
+def cpu_model() -> str:
+  lines: Iterator[str] = iter(())
+  with contextlib.suppress(OSError):
+    lines = iter(pathlib.Path("/proc/cpuinfo").read_text().splitlines())
+  names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+  return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return "unknown"

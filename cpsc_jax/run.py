@@ -1,0 +1,82 @@
+"""One run, top to bottom: teacher, training, results."""
+
+import pathlib
+import time
+from collections.abc import Callable
+
+from cpsc_jax import algorithm, config, datasets, experiment, record, streams, teach
+from cpsc_jax.loop import Plan, train
+from cpsc_jax.measures import Measures
+from cpsc_jax.mesh import make_mesh, primary_first, replicated
+from cpsc_jax.progress import say
+from cpsc_jax.setup import Setup
+from cpsc_jax.streams import Stream
+
+
+def run(
+  c: config.Config,
+  workdir: str | pathlib.Path | None,
+  started: float | None = None,
+  data: datasets.Data | None = None,
+  given: teach.Teacher | None = None,
+  on_epoch: Callable[[dict], None] | None = None,
+) -> record.Finished:
+  """Carries out a config and returns what came of it; with a `workdir`, everything is also written there.
+
+  A finished workdir is left alone; an interrupted one is resumed.
+
+  Args:
+    started: time.monotonic() at which the whole run began.
+    data: the data set, in place of the config's.
+    given: a teacher, in place of the config's.
+    on_epoch: is called with every epoch's entry of the history.
+
+  Raises:
+    Refusal: bad config, missing data, a teacher that does not fit, or a workdir that belongs to another config.
+  """
+  started = time.monotonic() if started is None else started
+  mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
+  data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
+  card = given.card if given else teach.describe_teacher(c, data)
+  c = config.resolve(c, data.spec, mesh, given.net if given else experiment.build_teacher(c, card))
+  if results := record.earlier_results(workdir, c):
+    say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
+    return record.Finished(results)
+  primary_first(data.require)
+  record.claim(workdir, c)
+
+  test = data.load_evaluation(c.evaluate.split).put(replicated(mesh))
+  net = given.net if given else experiment.build_teacher(c, card)
+  setup = experiment.build(c, data.spec, net, card, mesh)
+  teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh)
+  if c.arm in config.REAL_ARMS:
+    setup, (epoch, state) = teach.real_arm(c, setup, teacher, data)
+  else:
+    epoch, state = distillation(c, setup, teacher, data)
+  measures = Measures(c, setup, teacher, test)
+  say(measures.headline(state))
+  plan = Plan(
+    title=c.arm,
+    epoch=epoch,
+    measure=measures,
+    variables=measures.student,
+    epochs=c.schedule.epochs,
+    measure_every=c.evaluate.every,
+    save_every=c.checkpoint.every,
+    save_minutes=c.checkpoint.minutes,
+    workdir=workdir,
+    on_epoch=on_epoch,
+  )
+  outcome = train(plan, state)
+  sheet = measures.sheet(outcome.state)
+  return record.finish(
+    workdir, c, setup, data, teacher, measures.teacher_accuracy, outcome, sheet, len(test), started
+  )
+
+
+def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:
+  """(state -> (state, losses), the state it begins with) of data-free training."""
+  program = algorithm.compile_epoch(setup, c.schedule.iterations)
+  key = streams.key(streams.root(c.seed), Stream.DISTILLATION)
+  state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+  return lambda state: program(state, teacher.variables), state

@@ -1,0 +1,145 @@
+"""What stays fixed while training runs: the nets and optimisers of both players, and the method."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from cpsc_jax import streams
+from cpsc_jax.gradients import Policy
+from cpsc_jax.mesh import batch_sharding
+from cpsc_jax.pool import Pool
+from cpsc_jax.state import State, Tree, View
+from cpsc_jax.streams import Stream
+
+LATENTS = "latents"  # the name in `State.trained` of latents that a method optimises; the generator is given these
+
+Draw = Callable[[State, jax.Array], tuple[jax.Array, jax.Array]]
+Source = Callable[[State, jax.Array, Any], tuple[State, jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A term of a loss.
+
+  Attributes:
+    value: view -> (N,) where samples do not depend on each other; () where the term couples the batch.
+    couples_batch: gradients of such a term cannot be accumulated over micro-batches.
+  """
+
+  value: Callable[[View], jax.Array]
+  couples_batch: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """What a generator is asked for: standard normal latents, and labels that are all equally likely.
+
+  Attributes:
+    latent_dim: width of the latents.
+    num_labels: labels are below it.
+    labelled: whether a label means the class asked for, so that label fidelity can be measured.
+    mesh: batches are split over its devices.
+  """
+
+  latent_dim: int
+  num_labels: int
+  labelled: bool
+  mesh: jax.sharding.Mesh
+
+  def draw(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """`number` latents (N, nz) and labels (N,) int32, from two streams of `key`."""
+    z = jax.random.normal(streams.key(key, Stream.LATENTS), (number, self.latent_dim))
+    y = jax.random.randint(streams.key(key, Stream.LABELS), (number,), 0, self.num_labels)
+    return jax.lax.with_sharding_constraint((z, y), batch_sharding(self.mesh))
+
+
+def _nothing(key: jax.Array) -> tuple[dict, Tree]:
+  return {}, {}
+
+
+def _unchanged(state: State, *_: Any) -> State:
+  return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method: its terms, and functions that own its part of the state, in the order in which an iteration calls them.
+
+  Attributes:
+    generator_terms, student_terms: {name: Term} of the active terms; their weights are in `State.hyper`.
+    init: key -> (`State.trained`, `State.memory`).
+    begin: (state, key) -> state, at the start of an iteration.
+    draw: (state, key) -> (latents (N, nz), labels (N,)) of a generator update; None where nothing is generated.
+    record: view -> {name: array (N, ...)}, what `observe` needs of a generator update.
+    observe: (state, losses, recorded) -> state, after a generator update.
+    keep: state -> state, after the last generator update.
+    source: (state, key, data) -> (state, images (N, H, W, K), labels (N,)), what a student update learns from. `data`
+      is the training split where `cpsc_jax.teach` hands one over, and None in data-free training.
+    samples: (state, key, label, number) -> (images (number, H, W, K), which of them exist (number,)), for diagnostics.
+    pool: state -> the image pool, or None.
+    noise: what the generator is asked for; None where nothing is generated.
+    shardings: (sharding of `State.trained`, sharding of `State.memory`) or trees of them; None: on every device.
+  """
+
+  generator_terms: dict[str, Term]
+  student_terms: dict[str, Term]
+  source: Source
+  init: Callable[[jax.Array], tuple[dict, Tree]] = _nothing
+  begin: Callable[[State, jax.Array], State] = _unchanged
+  draw: Draw | None = None
+  record: Callable[[View], dict[str, jax.Array]] = lambda view: {}
+  observe: Callable[..., State] = _unchanged
+  keep: Callable[[State], State] = _unchanged
+  samples: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+  pool: Callable[[State], Pool | None] = lambda state: None
+  noise: Noise | None = None
+  shardings: tuple[Tree, Tree] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+  """A net under training, and how it is trained.
+
+  Attributes:
+    net: a flax.linen.Module.
+    optimiser: an optax optimiser.
+    steps: updates per iteration.
+    policy: how its gradients are taken.
+    augment: (key, images) -> images, applied to what the student learns from, or to what both nets see of the
+      generator's images; None for neither.
+    loss_scaling: whether its loss is scaled dynamically (float16).
+  """
+
+  net: Any
+  optimiser: optax.GradientTransformation
+  steps: int
+  policy: Policy = Policy()
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  loss_scaling: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything that training needs and does not change.
+
+  Attributes:
+    student: the net that learns; in teacher training, the teacher's.
+    method: see `Method`.
+    mesh: the devices.
+    teacher: a flax.linen.Module, or None where labels alone teach.
+    generator: None where nothing is generated.
+    weights: {"generator": {name: weight}, "student": {name: weight}} of the active terms, with which a state begins.
+    student_trains_in_generator_steps: the student is in training mode there and its running statistics move, as in
+      the published code of CPSC-DFKD; else it is in evaluation mode.
+  """
+
+  student: Player
+  method: Method
+  mesh: jax.sharding.Mesh
+  weights: dict[str, dict[str, float]]
+  teacher: Any = None
+  generator: Player | None = None
+  student_trains_in_generator_steps: bool = False

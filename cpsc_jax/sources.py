@@ -1,0 +1,93 @@
+"""Where a student's batches come from: fresh samples, an image pool, real data, or a mixture of these.
+
+A source is (state, key, data) -> (state, images (N, H, W, K) in the teacher's normalised space, labels (N,)). It may
+move its own part of the state, and nothing is differentiated through it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cpsc_jax import datasets, nets, streams
+from cpsc_jax import pool as pools
+from cpsc_jax.mesh import batch_sharding
+from cpsc_jax.setup import Noise, Source
+from cpsc_jax.state import State, Tree
+from cpsc_jax.streams import Stream
+
+
+def fresh(generator: Any, noise: Noise, number: int, move_statistics: bool = False) -> Source:
+  """`number` new samples of the generator, normalised by their own batch.
+
+  With `move_statistics` its running statistics take these batches in, as in the published code of CPSC-DFKD.
+  """
+
+  def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
+    z, y = noise.draw(key, number)
+    x, stats = sample_images(generator, state.generator.variables, z, y)
+    if move_statistics:
+      state = state.replace(generator=state.generator.replace(batch_stats=stats))
+    return state, x, y
+
+  return source
+
+
+def sample_images(generator: Any, variables: Tree, z: jax.Array, y: jax.Array) -> tuple[jax.Array, Tree]:
+  """Images (N, H, W, K) normalised by their own batch, and the batch statistics afterwards."""
+  x, stats = nets.forward(generator, variables, z, y, train=True)
+  return jax.lax.stop_gradient(x), stats
+
+
+def pooled(number: int, mesh: jax.sharding.Mesh) -> Source:
+  """`number` images of the pool in `State.memory["pool"]`, with the labels they were asked for."""
+
+  def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
+    drawn = pools.draw(state.memory["pool"], key, number)
+    return state, *jax.lax.with_sharding_constraint((drawn["images"], drawn["labels"]), batch_sharding(mesh))
+
+  return source
+
+
+def real(number: int, mean: Sequence[float], std: Sequence[float], mesh: jax.sharding.Mesh) -> Source:
+  """`number` images of a training split, in the order and from the position in `State.memory` (see `order`).
+
+  Images are normalised by the mean and standard deviation of each channel, of pixels in [0, 1].
+  """
+
+  def source(state: State, _: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
+    position = state.memory["position"]
+    rows = jax.lax.dynamic_slice_in_dim(state.memory["order"], position, number)
+    x, y = jax.lax.with_sharding_constraint((data.images[rows], data.labels[rows]), batch_sharding(mesh))
+    memory = {**state.memory, "position": position + number}
+    return state.replace(memory=memory), datasets.normalise(x, mean, std), y
+
+  return source
+
+
+def empty_order(length: int) -> Tree:
+  """The memory of `real` before its first iteration, which sees `length` images."""
+  return {"order": jnp.zeros((length,), jnp.int32), "position": jnp.zeros((), jnp.int32)}
+
+
+def shuffle(state: State, key: jax.Array, size: int) -> State:
+  """The state with a new order of a training split of `size` images: as many whole permutations as it takes."""
+  length = state.memory["order"].shape[0]
+  keys = streams.keys(key, Stream.ORDER, -(-length // size))
+  order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys).reshape(-1)[:length]
+  return state.replace(memory={"order": order.astype(jnp.int32), "position": jnp.zeros((), jnp.int32)})
+
+
+def mixture(parts: Sequence[Source], mesh: jax.sharding.Mesh) -> Source:
+  """The batches of several sources, one after the other; each source gives as many images as its share."""
+
+  def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
+    batches = []
+    for index, part in enumerate(parts):
+      state, x, y = part(state, streams.nth(key, Stream.PARTS, index), data)
+      batches.append((x, y))
+    joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *batches)
+    return state, *jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))
+
+  return source
