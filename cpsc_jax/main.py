@@ -1,40 +1,55 @@
-"""python -m cpsc_jax.main --config configs/digits.py [--workdir DIR] [--config.seed=1 ...]"""
+"""Runs one experiment: loads or trains a teacher, trains a student, reports.
+
+cpsc-jax --config digits [--workdir DIR] [--config.seed=1 ...]
+
+--config NAME|FILE    a ready config or the path of a config file; NAME:smoke is a run of seconds
+--workdir DIR         folder of the run (default: runs/ and the config's name); an interrupted run resumes from it
+--config.KEY=VALUE    overrides a key of the config, such as --config.student.lr=0.05
+"""
 
 import time
 
 STARTED = time.monotonic()
 
+import os  # noqa: E402
 import pathlib  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 
 import jax  # noqa: E402
+import ml_collections  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from cpsc_jax import mesh, stop  # noqa: E402
+from cpsc_jax import configs, mesh, stop  # noqa: E402
 from cpsc_jax.command import INTERRUPTED  # noqa: E402
 from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
 
+CONFIG_FLAGS = ("--config", "-config")
+HELP_FLAGS = {"--help", "-help", "-h"}
 
-def main(argv=None):
-  """Parses flags, runs, prints the table; returns the exit code."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Parses flags, runs, prints the table of results; returns the exit code. `argv` starts with the program's name."""
   argv = sys.argv if argv is None else argv
+  workdir = None
   try:
     with stop.exit_on_sigterm():
       config, workdir = parse(argv)
       mesh.start()
-      from cpsc_jax import distill, report
+      from cpsc_jax import report, run
 
-      results = distill.run(config, workdir, STARTED)
+      results = run.run(config, workdir, STARTED).results
       if mesh.is_primary():
         report.print_table(results)
-        print(f"everything is in {workdir}")
+        print(f"all files are in {workdir}")
   except Refusal as refusal:
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
   except OSError as error:
-    where = error.filename or workdir
-    print(f"cpsc_jax: {where}: {error.strerror}; the same command resumes once that is mended.", file=sys.stderr)
+    place, reason = error.filename or workdir, error.strerror or error
+    print(f"cpsc_jax: {place}: {reason}; fix this, then resume with the same command.", file=sys.stderr)
     return Refusal.exit_code
   except jax.errors.JaxRuntimeError as error:
     if mesh.single_process():
@@ -47,61 +62,104 @@ def main(argv=None):
   return 0
 
 
-def parse(argv):
-  """(config, workdir) of a command line.
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+  """(config, workdir) of a command line, which starts with the program's name.
 
   Raises:
-    Refusal: no config, a file that is none, or an override of a key that does not exist or of the wrong type.
+    Refusal: no config or one that cannot be loaded, an unknown flag, or an override of an unknown key or of the wrong
+      type.
   """
-  values = flags.FlagValues()
-  flags.DEFINE_string("workdir", None, "where everything goes (default: runs/<config name>)", flag_values=values)
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "the config file; configs/NAME.py:smoke is its run of seconds",
-    lock_config=True,
-    flag_values=values,
-    sys_argv=argv,
-  )
-  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+  if HELP_FLAGS & set(argv):
+    print(f"{__doc__}\nThe ready configs are {ready_names()}.")
+    raise SystemExit(0)
+  argv = with_config_paths(argv)
   file = config_file(argv)
-  if file and not file.is_file():
-    raise Refusal(f"no config file '{file}'; the ready ones are in configs/, such as configs/digits.py.")
+  if file is None:
+    raise Refusal(f"--config is required, such as --config digits; the ready configs are {ready_names()}.")
+  if not file.is_file():
+    raise Refusal(f"no config file '{file}'; give the path of a file or one of the ready configs: {ready_names()}.")
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+  config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
   try:
     rest = values(argv)
     config = values.config
   except flags.UnrecognizedFlagError as error:
-    raise Refusal(f"no flag --{error.flagname}; there are --config, --workdir and --config.KEY=VALUE.") from error
+    raise Refusal(f"unknown flag --{error.flagname}; use --config, --workdir or --config.KEY=VALUE.") from error
   except (AttributeError, KeyError) as error:
-    key = str(error).strip("\"'")
-    raise Refusal(f"the config has no key '{key}'; configs/default.py explains every key.") from error
+    raise Refusal(f"{missing_key(str(error), argv)}; configs/default.py explains all keys.") from error
   except Exception as error:  # a config file may raise anything
     raise Refusal(f"{file}: {last_line(error)}" if "Traceback" in str(error) else last_line(error)) from error
-  if values.help:
-    print(f"{__doc__}\n{values.main_module_help()}")
-    raise SystemExit(0)
   if rest[1:]:
-    raise Refusal(f"'{rest[1]}' is not a flag; flags look like --config.student.lr=0.05.")
-  if config is None:
-    raise Refusal("no --config given; try --config configs/digits.py.")
+    raise Refusal(f"unexpected argument '{rest[1]}'; flags look like --config.student.lr=0.05.")
   if "://" in (values.workdir or ""):
     raise Refusal(
-      f"--workdir {values.workdir} is an address, not a folder; mount the bucket (gcsfuse BUCKET FOLDER, on every"
-      " machine) and name the folder."
+      f"--workdir must be a folder, got the address {values.workdir}; mount the bucket on every machine (gcsfuse BUCKET"
+      " FOLDER) and give the folder."
     )
   return config, pathlib.Path(values.workdir or pathlib.Path("runs") / config.name)
 
 
-def config_file(argv):
-  """The path given by --config FILE or --config=FILE, without a :variant, or None."""
+def config_file(argv: Sequence[str]) -> pathlib.Path | None:
+  """The file that --config FILE or --config=FILE stands for, without its :variant; None without the flag.
+
+  A bare name, one that is no existing file and has neither a slash nor the suffix .py, stands for a ready config.
+
+  Raises:
+    Refusal: a bare name that is no ready config.
+  """
   for flag, following in zip(argv, [*argv[1:], ""], strict=True):
     name, equals, value = flag.partition("=")
-    if name in ("--config", "-config"):
-      return pathlib.Path((value if equals else following).split(":")[0])
+    if name in CONFIG_FLAGS:
+      path = config_path(value if equals else following).split(":")[0]
+      return pathlib.Path(path) if path else None
   return None
 
 
-def last_line(error):
+def with_config_paths(argv: Sequence[str]) -> list[str]:
+  """A command line in which the bare name of a ready config is replaced by its path; raises as `config_file`."""
+  paths = list(argv)
+  for place, flag in enumerate(argv):
+    name, equals, value = flag.partition("=")
+    if name in CONFIG_FLAGS and equals:
+      paths[place] = f"{name}={config_path(value)}"
+    elif name in CONFIG_FLAGS and place + 1 < len(argv):
+      paths[place + 1] = config_path(argv[place + 1])
+  return paths
+
+
+def config_path(value: str) -> str:
+  """FILE[:VARIANT] as given, or with the path of a ready config in place of its bare name."""
+  file, colon, variant = value.partition(":")
+  if not file or "/" in file or os.sep in file or file.endswith(".py") or pathlib.Path(file).is_file():
+    return value
+  ready = ready_configs()
+  if file not in ready:
+    raise Refusal(f"no config '{file}'; give one of the ready configs ({ready_names()}) or the path of a file.")
+  return f"{ready[file]}{colon}{variant}"
+
+
+def ready_configs() -> dict[str, pathlib.Path]:
+  """{name: file} of the configs that are installed with this package."""
+  files = sorted(pathlib.Path(configs.__file__).parent.glob("*.py"))
+  return {file.stem: file for file in files if "\ndef get_config(" in file.read_text()}
+
+
+def ready_names() -> str:
+  """The names of all ready configs."""
+  return ", ".join(ready_configs())
+
+
+def missing_key(message: str, argv: Sequence[str]) -> str:
+  """ml_collections' message about a key that a config does not have, in words."""
+  key = (re.search(r"lookup: ([\w.]+)", message) or re.search(r"'(\w+)", message) or [message, message])[1]
+  overrides = (flag.split("=")[0].lstrip("-").removeprefix("config.") for flag in argv)
+  full = next((path for path in overrides if path == key or key in path.split(".")), key)
+  similar = re.search(r'Did you mean "(\w+)"', message)
+  return f"the config has no key '{full}'" + (f" (did you mean '{similar[1]}'?)" if similar else "")
+
+
+def last_line(error: BaseException) -> str:
   """The last line of an error's text, which in a quoted traceback is the error itself."""
   return " ".join(([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1].split())
 

@@ -1,8 +1,9 @@
-"""The nets that a run leaves behind: where they lie, and how they come back; files that are whole or not there."""
+"""Finds and loads the nets that a run saved; `new_file` is for output files that are written whole or not at all."""
 
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,58 +18,66 @@ GENERATOR_KEYS = ("latent_dim", "width")
 
 
 class SavedNet(NamedTuple):
-  """A module, its variables, and its card; a generator's card has latent_dim and width too."""
+  """A net that computes in float32.
+
+  Attributes:
+    net: the module.
+    variables: {"params", "batch_stats"} on no particular device.
+    card: CARD_KEYS and, for a generator, GENERATOR_KEYS; optional keys are class_names and conditional.
+  """
 
   net: Any
   variables: Any
-  card: dict
+  card: dict[str, Any]
 
   @property
-  def is_generator(self):
+  def is_generator(self) -> bool:
     return self.card["net"] in nets.GENERATORS
 
 
-def find(workdir, which=None, default="student"):
-  """The folder of a net of a finished run: `which` was asked for or, if None, the `default`.
+def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "student") -> pathlib.Path:
+  """The folder of a net of a finished run: `which`, one of WHICH, or the `default` if that is None.
 
-  A folder that holds a net itself is returned as it is.
+  A `workdir` that itself holds a saved net is returned unchanged.
 
   Raises:
-    Refusal: no run, an unfinished one, or one that has no such net.
+    Refusal: no run, an unfinished one, or one without that net.
   """
   workdir = pathlib.Path(workdir)
   if (workdir / checkpoint.CARD).exists():
     if which:
-      raise Refusal(f"{workdir} holds one net; leave --which out, or name the WORKDIR above it.")
+      raise Refusal(f"{workdir} is a single saved net; remove --which, or give the WORKDIR that contains it.")
     return workdir
   if not (workdir / "config.json").exists():
-    raise Refusal(f"no run and no saved net in {workdir}; name a WORKDIR of 'python -m cpsc_jax.main' or a net in it.")
+    raise Refusal(
+      f"no run and no saved net in {workdir}; give the --workdir of a finished run or the folder of a net in it."
+    )
   config = _read_config(workdir)
   which = which or default
   if not (workdir / "results.json").exists():
     raise Refusal(
-      f"the run '{config['name']}' in {workdir} is not finished; the command that began it finishes it:"
-      f" python -m cpsc_jax.main --config CONFIG --workdir {workdir}"
+      f"the run '{config['name']}' in {workdir} is not finished; resume it with the command that started it:"
+      f" cpsc-jax --config CONFIG --workdir {workdir}"
     )
   if which == "teacher" and config["teacher"]["checkpoint"]:
     return pathlib.Path(config["teacher"]["checkpoint"])
   if which == "generator" and config["arm"] in ("real_kd", "real_labels"):
-    raise Refusal(f"the run in {workdir} has no generator: its arm is '{config['arm']}', not 'distill'.")
+    raise Refusal(f"the run in {workdir} has no generator: it was run with arm '{config['arm']}', not 'distill'.")
   if which == "generator" and not (workdir / which).exists():
     raise Refusal(
-      f"the run in {workdir} keeps no generator: its method starts one afresh for every batch. What was drawn is in"
+      f"the run in {workdir} saved no generator: its method trains a new one for every batch. Its samples are in"
       f" {workdir / 'pool.npz'} and samples.png."
     )
   return workdir / which
 
 
-def load(folder):
-  """The `SavedNet` in a folder, its bytes verified.
+def load(folder: str | pathlib.Path) -> SavedNet:
+  """The net saved in a folder, its bytes verified.
 
-  A generator's card that says nothing of its shape, as of older runs, is completed from the config.json beside it.
+  Cards of older runs lack a generator's latent_dim and width; they are then read from the run's config.json.
 
   Raises:
-    Refusal: nothing there, a card that lacks something, or damage.
+    Refusal: no saved net, an incomplete card, or damaged files.
   """
   folder = pathlib.Path(folder)
   card = checkpoint.read_card(folder)
@@ -79,43 +88,49 @@ def load(folder):
   needed = (*CARD_KEYS, *(GENERATOR_KEYS if card.get("net") in nets.GENERATORS else ()))
   lacking = [key for key in needed if key not in card]
   if lacking:
-    raise Refusal(f"{folder / checkpoint.CARD} does not say {', '.join(lacking)}; save the net again.")
+    raise Refusal(f"{folder / checkpoint.CARD} lacks {', '.join(lacking)}; save the net again.")
   net, inputs = rebuild(card)
   shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not the devices that it was saved from
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # it may have been saved from devices not present
   like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
   variables, _ = checkpoint.load_net(folder, like)
-  # Bound to no device, so that every caller may say where it computes.
+  # Uncommitted arrays, so that the caller chooses the device.
   return SavedNet(net, jax.tree.map(jnp.asarray, jax.device_get(variables)), card)
 
 
-def rebuild(card):
-  """(module, inputs of two samples) of what a card describes."""
+def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
+  """(module, example inputs) of the net that a card describes.
+
+  The inputs are images (2, H, W, K) of a classifier, or latents (2, D) and labels (2,) of a generator.
+
+  Raises:
+    Refusal: a net of an unknown name, or a generator that cannot make images of that size.
+  """
   classes, size, channels = card["num_classes"], card["image_size"], card["channels"]
   if card["net"] in nets.GENERATORS:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
-    classes = classes if card.get("conditional", True) else 1  # cards of older runs do not say
+    classes = classes if card.get("conditional", True) else 1  # older cards lack this key
     return nets.generator(card["net"], classes, size, channels, card["width"]), (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
 
 
-def class_names(card):
-  """What the classes are called; numbers where the card does not say."""
+def class_names(card: dict[str, Any]) -> list[str]:
+  """The names of the classes; their numbers where the card has no names."""
   return card["class_names"] if "class_names" in card else [str(label) for label in range(card["num_classes"])]
 
 
 @contextlib.contextmanager
-def new_file(path):
-  """Yields a scratch path beside `path`, renamed to it if the block ends well and removed otherwise.
+def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a scratch path beside `path`; it is renamed to `path` if the block succeeds and removed otherwise.
 
   Raises:
-    Refusal: `path` exists, or cannot be written.
+    Refusal: `path` exists already or cannot be written.
   """
   path = pathlib.Path(path)
   scratch = path.with_name(f"partial.{path.name}")
   try:
     if path.exists():
-      raise Refusal(f"{path} exists already; delete it or choose another --out.")
+      raise Refusal(f"{path} already exists; delete it or choose another --out.")
     scratch.touch()
     try:
       yield scratch
@@ -126,12 +141,12 @@ def new_file(path):
     raise Refusal(f"cannot write {path} ({error.strerror or error}); choose another --out.") from error
 
 
-def _read_config(workdir):
+def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / "config.json"
   try:
     config = json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    raise Refusal(f"cannot read {path} ({error}); restore it or run again.") from error
+    raise Refusal(f"cannot read {path} ({error}); restore the file or start a new run in another folder.") from error
   if not {"name", "arm", "teacher", "generator"} <= set(config):
-    raise Refusal(f"{path} is not the config of a run; name a WORKDIR of 'python -m cpsc_jax.main'.")
+    raise Refusal(f"{path} is not the config of a run; give the --workdir of a run.")
   return config

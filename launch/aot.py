@@ -1,12 +1,12 @@
-"""Compiles the program that training runs for TPUs that are not here, and says what it will take.
+"""Compiles the program that training runs for TPUs that are not present, and estimates what it takes there.
 
   python launch/aot.py --config configs/cifar100.py --topology v5e:4x4 [--config.schedule.batch_size=1024 ...]
   python launch/aot.py --config configs/cifar100.py --sweep v5e:1x1,v5e:2x2,v5e:4x4,v5e:16x16 --json aot.json
 
-Needs pip install libtpu==0.0.51 with jax 0.10.2, and minutes per topology. What is compiled is one epoch of the
-distillation, cpsc_jax.algorithm.compile_epoch of the config's game, as distill.run calls it; training a teacher and
-measuring are not in it. Times are a roofline, the largest of compute, memory and interconnect at the chip's published
-peaks: no run is faster. `--dry-run` says what would be compiled.
+Needs pip install libtpu==0.0.51 with jax 0.10.2, and takes minutes per topology. What is compiled is one epoch of the
+distillation, cpsc_jax.algorithm.compile_epoch of the config's setup, as cpsc_jax.run calls it; training a teacher and
+measuring are not in it. Times are a roofline: the largest of compute, memory and interconnect time at the chip's
+published peaks, so a run takes at least that long. `--dry-run` prints what would be compiled.
 """
 
 import argparse
@@ -16,21 +16,26 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-# Keep libtpu from looking for TPUs, and from insisting on being alone; must be set before jax is imported.
+# So that libtpu neither looks for TPUs nor locks them; must be set before jax is imported.
 os.environ.update(
   JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
 )
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 
 import jax
+import ml_collections
 from hlo_cost import program_cost
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from cpsc_jax import algorithm, datasets, distill, main, mesh, nets, settings
+from cpsc_jax import algorithm, datasets, experiment, main, mesh, nets, streams, teach
+from cpsc_jax import config as configs
 from cpsc_jax.errors import Refusal
+from cpsc_jax.streams import Stream
 
 HOP_SECONDS = 1e-6  # of a message to the neighbouring chip
 
@@ -61,59 +66,69 @@ CHIPS = {
 }
 
 
-def parse(argv):
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+  """(this program's flags, the config) of a command line; raises a Refusal for a topology that cannot be read."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   where = parser.add_mutually_exclusive_group(required=True)
   where.add_argument("--topology", help="such as v5e:4x4; chips: " + ", ".join(CHIPS))
-  where.add_argument("--sweep", help="several, with commas between; shows how well they scale")
+  where.add_argument("--sweep", help="several, comma-separated; shows how well they scale")
   parser.add_argument("--json", metavar="FILE", help="write the figures there too")
   parser.add_argument("--hlo", metavar="FOLDER", help="keep the text of the compiled programs there")
-  parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and compile nothing")
+  parser.add_argument("--dry-run", action="store_true", help="print what would be compiled, and compile nothing")
   options, rest = parser.parse_known_args(argv)
   config, _ = main.parse(["aot", *rest])
   options.topologies = (options.topology or options.sweep).split(",")
   for name in options.topologies:
     if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+(x\d+)+", name):
-      raise Refusal(f"'{name}' is no topology; name one as v5e:4x4, of the chips {', '.join(CHIPS)}.")
+      raise Refusal(f"cannot read topology '{name}'; give one such as v5e:4x4, with a chip of {', '.join(CHIPS)}.")
   return options, config
 
 
-def devices_of(topology):
-  """The devices of a slice that need not exist.
+def devices_of(topology: str) -> Sequence[jax.Device]:
+  """The devices of a slice, which are not present.
 
   Raises:
-    Refusal: no libtpu, or it knows no such slice.
+    Refusal: libtpu is missing or does not support such a slice.
   """
   chip = CHIPS[topology.split(":")[0]]
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options).devices
-  except Exception as error:  # plugins raise what they like
+  except Exception as error:  # plugins raise various types
     raise Refusal(
       f"libtpu cannot describe {topology} ({str(error).splitlines()[0][:200]}); pip install libtpu==0.0.51 with jax"
       " 0.10.2, and name a slice that exists."
     ) from error
 
 
-def lower(config, devices):
-  """The epoch program of a config, lowered for `devices`, and its resolved config."""
-  grid = mesh.make_mesh(devices)
+def lower(
+  config: configs.Config, devices: Sequence[jax.Device]
+) -> tuple[jax.stages.Lowered, ml_collections.FrozenConfigDict]:
+  """The epoch program of a config, lowered for `devices`, and its resolved config.
+
+  Raises:
+    Refusal: the config does not fit itself or the devices.
+  """
+  grid, data = mesh.make_mesh(devices), datasets.find(config.dataset.name, config.dataset.data_dir)
+  spec, card = data.spec, teach.describe_teacher(config, data)
   config.teacher.checkpoint = config.teacher.checkpoint or "some folder"  # no teacher is trained here
-  config = settings.resolve(config, grid)
-  spec = datasets.describe(config.dataset.name, config.dataset.data_dir)
-  card = {"net": config.teacher.net, "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
-  teacher_net = nets.classifier(card["net"], spec.num_classes)
-  game = distill.build_game(config, grid, teacher_net, card)
-  image = jax.numpy.zeros((2, *spec.image_shape))
-  teacher = jax.eval_shape(lambda: nets.init(teacher_net, jax.random.key(0), image))
-  state = jax.eval_shape(lambda: algorithm.initial_state(game, config.seed, spec.image_shape))
-  return algorithm.compile_epoch(game, config.schedule.iterations).lower(state, teacher), config
+  config = configs.resolve(config, spec, grid, nets.classifier(card["net"], spec.num_classes))
+  teacher_net = experiment.build_teacher(config, card)
+  setup = experiment.build(config, spec, teacher_net, card, grid)
+
+  def shapes() -> tuple[Any, Any]:
+    key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
+    teacher = nets.init(teacher_net, key, jax.numpy.zeros((2, *spec.image_shape)))
+    return algorithm.initial_state(setup, key, spec.image_shape), teacher
+
+  state, teacher = jax.eval_shape(shapes)
+  return algorithm.compile_epoch(setup, config.schedule.iterations).lower(state, teacher), config
 
 
-def measure(config, topology, hlo_folder=None):
+def measure(config: ml_collections.ConfigDict, topology: str, hlo_folder: str | None = None) -> dict[str, Any]:
   """What the epoch program of `config` takes on `topology`: a row of the table, as a dict.
 
   Raises:
-    Refusal: see `devices_of`; or the batch does not divide among the chips.
+    Refusal: see `devices_of` and `lower`.
   """
   chip, devices = CHIPS[topology.split(":")[0]], devices_of(topology)
   row = {"topology": topology, "chips": len(devices), "batch_size": config.schedule.batch_size}
@@ -165,18 +180,18 @@ def measure(config, topology, hlo_folder=None):
   }
 
 
-def interconnect(topology, chip):
+def interconnect(topology: str, chip: Chip) -> tuple[float, int]:
   """(bytes/s that a chip can send over all its links, hops to the farthest chip) of a slice.
 
   A ring sends both ways, an open row one way at a time.
   """
   sides = [int(n) for n in topology.split(":")[1].split("x") if int(n) > 1]
-  ring = lambda side: side % chip.ring == 0
-  bandwidth = sum(chip.link * (2 if ring(side) else 1) for side in sides)
-  return bandwidth or math.inf, sum(side // 2 if ring(side) else side - 1 for side in sides)
+  rings = {side: side % chip.ring == 0 for side in sides}
+  bandwidth = sum(chip.link * (2 if rings[side] else 1) for side in sides)
+  return bandwidth or math.inf, sum(side // 2 if rings[side] else side - 1 for side in sides)
 
 
-def missing(error):
+def missing(error: jax.errors.JaxRuntimeError) -> float:
   """By how many bytes a program is too large, from the compiler's message; other errors are raised again."""
   size = r"([\d.]+[KMGT]?)"
   if found := re.search(rf"Exceeded hbm capacity by {size}", str(error)):
@@ -186,11 +201,12 @@ def missing(error):
   raise error
 
 
-def in_bytes(text):
+def in_bytes(text: str) -> float:
+  """A size as the compiler prints it, such as 1.5G."""
   return float(text.rstrip("KMGT")) * 1024 ** " KMGT".index(text[-1] if text[-1] in "KMGT" else " ")
 
 
-def print_table(rows, console):
+def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
   table = Table(title_justify="left")
   columns = ("slice", "chips", "batch", "memory GiB", "TFLOP", "HBM GB", "collectives", "sent GB")
   seconds = ("compute s", "memory s", "network s", "binds", "hours", "chip-hours", "efficiency")
@@ -221,10 +237,12 @@ def print_table(rows, console):
     parts = ", ".join(f"{kind} {size / 2**20:.0f}" for kind, size in row["memory_bytes"].items() if kind != "of")
     sent = ", ".join(f"{n['count']:,} x {kind} {n['bytes'] / 1e9:.2f} GB" for kind, n in row["collectives"].items())
     console.print(f"{row['topology']}: memory MiB: {parts}; collectives per epoch: {sent or 'none'}")
-  console.print("per epoch and chip; hours of the whole schedule; efficiency: chip-hours of the first slice over these")
+  console.print("TFLOP to network s: per epoch and chip. hours, chip-hours: of the whole schedule.")
+  console.print("efficiency: chip-hours of the first slice divided by those of this one")
 
 
-def run(argv=None):
+def run(argv: Sequence[str] | None = None) -> int:
+  """Parses flags, compiles, prints the table; returns the exit code: 1 if a program does not fit."""
   try:
     options, config = parse(argv)
     if options.dry_run:

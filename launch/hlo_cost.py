@@ -1,10 +1,10 @@
-"""What one run of a compiled TPU program costs a chip: FLOPs, HBM traffic and collectives, loops as often as they run.
+"""Cost per chip of one run of a compiled TPU program: FLOPs, HBM traffic and collectives, every loop iteration counted.
 
-XLA's own cost analysis counts the body of a loop once. Here the text of the optimised program is walked instead, from
-the entry through loops, whose trip counts are read off their conditions. Traffic is what the instructions between
-fusions read from and write to HBM, in whole tiles as the layouts lay them out; arrays that the compiler keeps in the
-chip's vector memory (memory space 1) are free. FLOPs are those of convolutions and matrix products, without the taps
-that fall on padding.
+XLA's own cost analysis counts the body of a loop once. This module walks the text of the optimised program instead,
+from the entry through loops, whose trip counts are read from their conditions. Traffic is what fusions and other
+instructions read from and write to HBM, in whole tiles of their layouts; arrays that the compiler keeps in the chip's
+vector memory (memory space 1) cost nothing. FLOPs are those of convolutions and matrix products, without the taps that
+fall on padding.
 """
 
 import collections
@@ -16,14 +16,14 @@ import re
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-WITHIN = {"fusion", "call", "async-start", "conditional"}  # what these call is counted, but for its traffic
+WITHIN = {"fusion", "call", "async-start", "conditional"}  # of the computations they call, FLOPs count, not traffic
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One array: its type, its dimensions, its layout (minor dimension first), its tile and its memory space."""
+  """One array: its element type, dimensions, layout (minor dimension first), tile and memory space."""
 
   kind: str
   dims: tuple[int, ...]
@@ -32,12 +32,12 @@ class Shape:
   space: int = 0
 
   @property
-  def bytes(self):
+  def bytes(self) -> int:
     return math.prod(self.dims) * bits(self.kind) // 8
 
   @property
-  def traffic(self):
-    """Bytes of HBM that a pass over it touches; 0 for what lives elsewhere."""
+  def traffic(self) -> int:
+    """Bytes of HBM that reading or writing all of it touches; 0 for an array in another memory."""
     if self.space or self.kind == "token":
       return 0
     major_first = [self.dims[i] for i in reversed(self.minor_to_major)]
@@ -50,26 +50,30 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One line of a computation; `shapes` are those of its result, `text` starts with its operands."""
+
   name: str
-  shapes: tuple[Shape, ...]  # of its result, tuples flattened
+  shapes: tuple[Shape, ...]
   op: str
   operands: tuple[str, ...]
-  text: str  # from the operands on
+  text: str
 
-  def attribute(self, key):
+  def attribute(self, key: str) -> str | None:
+    """The value of key=value in the line."""
     found = re.search(rf"\b{key}=%?([^\s,]+)", self.text)
     return found and found.group(1)
 
 
 @dataclasses.dataclass
 class Cost:
-  """Per chip: FLOPs, bytes of HBM traffic, and {kind of collective: [how many, bytes]}."""
+  """Per chip: FLOPs, bytes of HBM traffic, and {kind of collective: [count, bytes]}."""
 
   flops: float = 0.0
   traffic: float = 0.0
   collectives: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(lambda: [0, 0]))
 
-  def add(self, other, times=1, traffic=True):
+  def add(self, other: "Cost", times: int = 1, traffic: bool = True) -> None:
+    """Adds `times` the cost of another program, with or without its traffic."""
     self.flops += times * other.flops
     self.traffic += times * other.traffic * traffic
     for kind, (count, size) in other.collectives.items():
@@ -77,15 +81,16 @@ class Cost:
       self.collectives[kind][1] += times * size
 
 
-def bits(kind):
+def bits(kind: str) -> int:
+  """Bits of one element of a type."""
   return BITS[kind] if kind in BITS else int(re.sub(r"\D*(\d+).*", r"\1", kind))
 
 
-def program_cost(text, loops_once=False):
+def program_cost(text: str, loops_once: bool = False) -> Cost:
   """The `Cost` of one run of an optimised HLO module given as text; `loops_once` counts as XLA's cost analysis does.
 
   Raises:
-    ValueError: a loop whose trip count cannot be read off.
+    ValueError: the trip count of a loop cannot be determined.
   """
   computations, entry = parse(text)
 
@@ -94,7 +99,7 @@ def program_cost(text, loops_once=False):
     total, body = Cost(), computations[name]
     for instruction in body.values():
       if instruction.op == "while":
-        times = 1 if loops_once else trip_count(instruction, body, computations)
+        times = 1 if loops_once else trip_count(instruction, computations)
         total.add(cost(instruction.attribute("body")), times)
         continue
       called = re.findall(r"(?:calls|to_apply)=%([^\s,]+)", instruction.text)
@@ -116,7 +121,7 @@ def program_cost(text, loops_once=False):
   return cost(entry)
 
 
-def parse(text):
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
   """({computation: {name: Instruction}}, name of the entry)."""
   computations, entry, current = {}, None, None
   for line in text.splitlines():
@@ -132,7 +137,7 @@ def parse(text):
 
 
 def _closing(text):
-  """Where the parenthesis closes that was open at the start of `text`."""
+  """The index of the parenthesis that closes the one opened before `text`."""
   depth = 1
   for place, character in enumerate(text):
     depth += (character == "(") - (character == ")")
@@ -142,30 +147,35 @@ def _closing(text):
 
 
 @functools.lru_cache(maxsize=100_000)
-def shapes(text):
-  numbers = lambda t: tuple(int(n) for n in t.split(",") if n)
+def shapes(text: str) -> tuple[Shape, ...]:
+  """All arrays of a result type, tuples flattened."""
   found = []
   for kind, dims, order, rest in SHAPE.findall(re.sub(r"/\*.*?\*/", "", text)):
     tile = re.search(r"T\(([\d,]*)\)", rest)
     space = re.search(r"S\((\d+)\)", rest)
-    found.append(
-      Shape(
-        kind, numbers(dims), numbers(order), numbers(tile.group(1)) if tile else (), int(space.group(1)) if space else 0
-      )
-    )
+    tile, space = tile.group(1) if tile else "", int(space.group(1)) if space else 0
+    found.append(Shape(kind, _numbers(dims), _numbers(order), _numbers(tile), space))
   return tuple(found)
 
 
-def trip_count(loop, body, computations):
-  """How often a counted loop runs: its condition compares a counter that starts at a constant with a constant."""
+def _numbers(text):
+  return tuple(int(number) for number in text.split(",") if number)
+
+
+def trip_count(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int:
+  """How often a counted loop runs: its condition compares a counter that starts at 0 with a constant.
+
+  Raises:
+    ValueError: the condition has no or several constants.
+  """
   condition = computations[loop.attribute("condition")]
   limits = [i for i in condition.values() if i.op == "constant" and i.shapes[0].kind in ("s32", "u32")]
   if len(limits) != 1:
-    raise ValueError(f"the trip count of loop %{loop.name} cannot be read off its condition")
+    raise ValueError(f"the trip count of loop %{loop.name} cannot be determined from its condition")
   return int(limits[0].text.split(")")[0])
 
 
-def product_flops(instruction, body):
+def product_flops(instruction: Instruction, body: dict[str, Instruction]) -> float:
   """2 x multiplications of a convolution (on TPUs, matrix products too), without those on padding."""
   left, right = (body[name].shapes[0].dims for name in instruction.operands[:2])
   (out,) = instruction.shapes
@@ -176,12 +186,14 @@ def product_flops(instruction, body):
   window = re.search(r"window=\{([^}]*)\}", instruction.text)
   window = dict(part.split("=") for part in window.group(1).split()) if window else {}
   spatial = [label for label in lhs if label.isdigit()]
-  each = lambda key, default: window[key].split("x") if key in window else [default] * len(spatial)
+
+  def per_dimension(key, default):
+    return window[key].split("x") if key in window else [default] * len(spatial)
+
   flops = 2 * out.dims[result.index("b")] * out.dims[result.index("f")] * right[rhs.index("i")]
-  for label, stride, pad, lhs_dilate, rhs_dilate in zip(
-    sorted(spatial), each("stride", "1"), each("pad", "0_0"), each("lhs_dilate", "1"), each("rhs_dilate", "1"),
-    strict=True,
-  ):  # fmt: skip
+  defaults = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+  settings = [per_dimension(key, default) for key, default in defaults.items()]
+  for label, stride, pad, lhs_dilate, rhs_dilate in zip(sorted(spatial), *settings, strict=True):
     flops *= valid_taps(
       left[lhs.index(label)],
       right[rhs.index(label)],
@@ -196,14 +208,17 @@ def product_flops(instruction, body):
 
 
 @functools.cache
-def valid_taps(size, kernel, out, stride, low, lhs_dilate, rhs_dilate):
-  """Over all output positions of one dimension, how many kernel taps meet an element of the input."""
+def valid_taps(size: int, kernel: int, out: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
+  """How many kernel taps, over all output positions of one dimension, fall on an element of the input."""
   end = (size - 1) * lhs_dilate
   positions = (o * stride - low + k * rhs_dilate for o in range(out) for k in range(kernel))
   return sum(0 <= place <= end and place % lhs_dilate == 0 for place in positions)
 
 
-def instruction_traffic(instruction, body, computations):
+def instruction_traffic(
+  instruction: Instruction, body: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]
+) -> int:
+  """Bytes of HBM that an instruction reads and writes."""
   op = instruction.op
   if op in FREE or op == "while" or op.endswith("-done") or op == "conditional":
     return 0
@@ -222,8 +237,8 @@ def instruction_traffic(instruction, body, computations):
   return sum(shape.traffic for operand in (*inputs, instruction.shapes) for shape in operand)
 
 
-def fusion_traffic(instruction, inputs, inner):
-  """A fusion reads its operands and writes its result once; of what it only slices or updates, the slice alone."""
+def fusion_traffic(instruction: Instruction, inputs: list[tuple[Shape, ...]], inner: dict[str, Instruction]) -> int:
+  """Bytes of HBM of a fusion: operands and result once; of arrays that it only slices or updates, the slice."""
   total = 0
   parameters = [i for i in inner.values() if i.op == "parameter"]
   updated = set()

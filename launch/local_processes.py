@@ -2,9 +2,10 @@
 
   python launch/local_processes.py --processes 2 --devices 4 -- python -m cpsc_jax.main --config configs/digits.py:smoke
 
-For tests and debugging: on a machine with accelerators the processes still use CPUs. When a process dies, the others
-are stopped and the job starts again from its last checkpoint, as often as --restarts says; a refusal (exit code 2), a
-loss that is not finite (3) and Ctrl-C (130) end it. SIGTERM is handed on, and ends the job once all have saved.
+For tests and debugging: the processes use CPUs even on a machine with accelerators. When a process dies, the others
+are stopped and the job is restarted from its last checkpoint, up to --restarts times; a refusal (exit code 2), a loss
+that is not finite (3) and Ctrl-C (130) end it. SIGTERM is forwarded to all processes, and the job ends once they have
+saved.
 """
 
 import argparse
@@ -16,24 +17,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
-FINAL = (2, 3, 130)  # exit codes after which starting again is no use
+FINAL = (2, 3, 130)  # exit codes after which a restart would fail again
 RESUME = 75
 
 
-def parse(argv):
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The flags; None means sys.argv[1:]."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--processes", type=int, default=2, metavar="N")
   parser.add_argument("--devices", type=int, default=4, metavar="M", help="virtual CPU devices of each process")
-  parser.add_argument("--restarts", type=int, default=3, help="how often the job is started again")
-  parser.add_argument("--grace", type=float, default=30.0, help="seconds that survivors have to end by themselves")
-  parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
-  parser.add_argument("command", nargs="+", help="after --, the command of every process")
+  parser.add_argument("--restarts", type=int, default=3, help="how often the job is restarted")
+  parser.add_argument("--grace", type=float, default=30.0, help="seconds until the other processes are killed")
+  parser.add_argument("--dry-run", action="store_true", help="only print what would run")
+  parser.add_argument("command", nargs="+", help="the command of every process, after --")
   return parser.parse_args(argv)
 
 
-def environments(processes, devices, port):
-  """What each process finds in its environment beside ours."""
+def environments(processes: int, devices: int, port: int | str) -> list[dict[str, str]]:
+  """The variables that each process gets in addition to those of the launcher."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
   return [
     {
@@ -47,18 +50,22 @@ def environments(processes, devices, port):
   ]
 
 
-def free_port():
+def free_port() -> int:
+  """A TCP port of this machine that is free now."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     return probe.getsockname()[1]
 
 
-def say(text):
+def say(text: str) -> None:
+  """Prints a line of the launcher's own."""
   print(f"[launcher] {text}", flush=True)
 
 
-def run_once(command, extra, grace, children):
-  """Runs all processes to their end and returns their exit codes; fills `children` while they live."""
+def run_once(
+  command: Sequence[str], extra: list[dict[str, str]], grace: float, children: list[subprocess.Popen]
+) -> list[int]:
+  """Runs all processes to their end and returns their exit codes; `children` holds them while they run."""
   for index, environment in enumerate(extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     child = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
@@ -71,7 +78,7 @@ def run_once(command, extra, grace, children):
       deadline = time.monotonic() + grace
       say("; ".join(f"process {index} {ending(children[index].returncode)}" for index in failed))
     if deadline is not None and time.monotonic() > deadline:
-      say(f"the others have not ended within {grace:.0f} s and are killed")
+      say(f"killing the other processes, which did not end within {grace:.0f} s")
       for child in children:
         child.kill()
       deadline = float("inf")
@@ -81,21 +88,24 @@ def run_once(command, extra, grace, children):
   return codes
 
 
-def relay(index, child):
+def relay(index: int, child: subprocess.Popen) -> None:
+  """Prints the output of a process, each line with its index."""
   for line in child.stdout:
     print(f"[{index}] {line}", end="", flush=True)
 
 
-def ending(code):
+def ending(code: int) -> str:
+  """An exit code in words."""
   return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the job, restarting it as often as allowed; returns its exit code."""
   options = parse(argv)
-  children, told = [], []
+  children, terminated = [], []
 
-  def hand_on(*_):
-    told.append(True)
+  def forward(*_):
+    terminated.append(True)
     for child in list(children):
       child.terminate()
 
@@ -103,7 +113,7 @@ def main(argv=None):
     for environment in environments(options.processes, options.devices, "PORT"):
       print(" ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items()), shlex.join(options.command))
     return 0
-  signal.signal(signal.SIGTERM, hand_on)
+  signal.signal(signal.SIGTERM, forward)
   for start in range(options.restarts + 1):
     if start:
       say(f"starting again, {start} of {options.restarts}")
@@ -114,9 +124,9 @@ def main(argv=None):
       return 0
     if final:
       return final[0]
-    if told:
+    if terminated:
       return RESUME
-  say(f"given up after {options.restarts} restarts; the same command resumes from the last checkpoint")
+  say(f"giving up after {options.restarts} restarts; the same command resumes from the last checkpoint")
   return RESUME
 
 

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
 set -euo pipefail
-usage='Runs cpsc_jax on a slice of Cloud TPU VMs: makes or reuses the slice, installs this checkout on all its workers, runs
-the same command on every one, follows the log of worker 0, starts again after a preemption, copies the results back.
+usage='Runs cpsc_jax on a slice of Cloud TPU VMs: creates or reuses the slice, installs this checkout on all workers,
+runs the same command on each, follows the log of worker 0, restarts after a preemption, copies the results back.
 
   launch/tpu_pod.sh --name NAME --zone ZONE --type v5litepod-16 [OPTIONS] -- --config configs/cifar100.py ...
   launch/tpu_pod.sh --name NAME --zone ZONE --delete
 
   --runtime V   software version of the VMs (v2-alpha-tpuv5-lite; see gcloud compute tpus tpu-vm versions list)
-  --project P   Cloud project (the one gcloud is set to)
+  --project P   Cloud project (the default of gcloud)
   --spot        preemptible, at a lower price
   --bucket B    mount the bucket B on every worker, as /mnt/cpsc_jax; a slice of several workers needs one, because all
-                of them must see the folder of the run. Make it with --enable-hierarchical-namespace: checkpoints are
-                renamed when they are whole. The VMs need gcsfuse
-  --workdir W   the folder of the run on the workers (/mnt/cpsc_jax/run with a bucket, else cpsc_jax_run)
-  --back DIR    where results are copied to on this machine (runs/NAME)
-  --restarts N  how often the run is started again, 20
+                of them must see the folder of the run. Create it with --enable-hierarchical-namespace: checkpoints are
+                renamed when they are complete. The VMs need gcsfuse
+  --workdir W   folder of the run on the workers (/mnt/cpsc_jax/run with a bucket, else cpsc_jax_run)
+  --back DIR    folder of this machine to which the results are copied (runs/NAME)
+  --restarts N  how often the run is restarted (20)
   --delete      delete the slice, after the run if there is one
-  --dry-run     print the commands, and run none
+  --dry-run     only print the commands
 
-What follows -- goes to cpsc_jax.main; data must be where the workers find them, such as
---config.dataset.data_dir=/mnt/cpsc_jax/data. Ctrl-C ends the following, not the run: the same command follows it again.'
+The arguments after -- are those of cpsc-jax; the data must be in a folder that the workers can read, such as
+--config.dataset.data_dir=/mnt/cpsc_jax/data. Ctrl-C stops following the log, not the run; the same command follows it
+again.'
 
 name='' zone='' type='' runtime=v2-alpha-tpuv5-lite bucket='' workdir='' back='' restarts=20
 project=() spot=() delete=false dry=false
@@ -39,16 +40,16 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=true ;;
     --) shift; break ;;
     -h | --help) echo "$usage"; exit 0 ;;
-    *) echo "tpu_pod.sh: no option '$1'; --help lists them" >&2; exit 2 ;;
+    *) echo "tpu_pod.sh: unknown option '$1'; --help lists all options" >&2; exit 2 ;;
   esac
   shift
 done
 if [ -z "$name" ] || [ -z "$zone" ]; then
-  echo "tpu_pod.sh: --name and --zone are needed; --help says more" >&2
+  echo "tpu_pod.sh: --name and --zone are required; --help explains them" >&2
   exit 2
 fi
 if [ $# -gt 0 ] && [ -z "$type" ]; then
-  echo "tpu_pod.sh: --type is needed, such as v5litepod-16" >&2
+  echo "tpu_pod.sh: --type is required, such as v5litepod-16" >&2
   exit 2
 fi
 mount=/mnt/cpsc_jax
@@ -84,7 +85,7 @@ ensure() {
       '') tpu create "$name" --accelerator-type="$type" --version="$runtime" "${spot[@]}" ;;
       CREATING | STARTING | RESTARTING | REPAIRING | STOPPING | DELETING) sleep "${TPU_POD_POLL:-15}" ;;
       *)
-        echo "tpu_pod.sh: $name is $now; making it anew"
+        echo "tpu_pod.sh: $name is $now; creating it again"
         tpu delete "$name" --quiet
         ;;
     esac
@@ -107,7 +108,7 @@ install() {
   fi
 }
 
-# The run leaves its exit code in a file; while there is a process and no such file, it goes on.
+# The run writes its exit code to a file when it ends; while the process exists and the file does not, it is running.
 start() {
   local command
   command="$(printf '%q ' venv/bin/python -m cpsc_jax.main --workdir "$workdir" "$@")"
@@ -115,9 +116,9 @@ start() {
     </dev/null >/dev/null 2>&1 & echo \$! >cpsc_jax.pid)"
 }
 running() {
-  $dry || [ "$(on 0 '! test -e cpsc_jax.exit && kill -0 $(cat cpsc_jax.pid) && echo goes on' 2>/dev/null | tail -n 1)" = 'goes on' ]
+  $dry || [ "$(on 0 '! test -e cpsc_jax.exit && kill -0 $(cat cpsc_jax.pid) && echo running' 2>/dev/null | tail -n 1)" = running ]
 }
-follow() { # prints the log of worker 0 to its end, and leaves the exit code in $code, 75 if there is none
+follow() { # prints the log of worker 0 until the run ends and sets $code to its exit code, 75 if there is none
   on 0 'tail -n +1 -F --pid=$(cat cpsc_jax.pid) cpsc_jax.log' || true
   code=$(on 0 'cat cpsc_jax.exit' 2>/dev/null | tail -n 1) || true
   if $dry; then code=0; fi
@@ -136,10 +137,10 @@ if [ $# -gt 0 ]; then
       0 | 2 | 3 | 130) break ;;
     esac
     if [ "$attempt" -ge "$restarts" ]; then
-      echo "tpu_pod.sh: given up after $restarts restarts; the same command resumes" >&2
+      echo "tpu_pod.sh: giving up after $restarts restarts; the same command resumes" >&2
       break
     fi
-    echo "tpu_pod.sh: the run ended with exit code $code; starting it again"
+    echo "tpu_pod.sh: the run ended with exit code $code; restarting it"
   done
   mkdir -p "$back"
   tpu scp "$name:$workdir" "$back" --worker=0 --recurse

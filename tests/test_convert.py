@@ -1,4 +1,4 @@
-"""The converter's naming and arithmetic: every family against a PyTorch twin, there and back bit for bit."""
+"""The converter's naming and arithmetic: every family against a PyTorch twin, and round trips bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from parity import assert_close, assert_trees_close, jitted_forward, nhwc, shapes
 
-from cpsc_jax import convert, nets
-from cpsc_jax.convert import families, mapping
-from cpsc_jax.convert.mapping import Naming
+from cpsc_jax import nets
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop import convert
+from cpsc_jax.interop.convert import families, mapping
+from cpsc_jax.interop.convert.mapping import Naming
 from cpsc_jax.nets.mobilenet import InvertedResidual
 from cpsc_jax.nets.vgg import adaptive_average
 
@@ -44,7 +45,7 @@ def small(name, num_classes=7):
 
 
 def random_variables(net, *inputs):
-  """Variables of a net that no reordering leaves as they are, in float32."""
+  """Random float32 variables of a net, so that any reordering changes them."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda s: rng.uniform(0.2, 1.2, s.shape).astype(np.float32), shapes(net, *inputs))
 
@@ -78,7 +79,7 @@ def test_net_equals_pytorch(family):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_gradients_equal_pytorchs(stride):
-  """Of a whole block of MobileNetV2, in training mode: the grouped convolutions train as they should."""
+  """Those of a whole block of MobileNetV2 in training mode, which has a grouped convolution."""
   torch.manual_seed(0)
   twin, block = zoo.randomise(zoo.Inverted(6, 6, stride, 4)).double(), InvertedResidual(4, 6, stride)
   naming = Naming(((r"conv_.*", lambda m: m[0].replace("_", ".")),))
@@ -93,7 +94,9 @@ def test_depthwise_gradients_equal_pytorchs(stride):
 
     @jax.jit
     def gradients(params, x):
-      value = lambda params, x: jnp.sum(nets.forward(block, {**variables, "params": params}, x, train=True)[0] * r)
+      def value(params, x):
+        return jnp.sum(nets.forward(block, {**variables, "params": params}, x, train=True)[0] * r)
+
       return jax.grad(value, argnums=(0, 1))(params, x)
 
     grads, dx = gradients(variables["params"], ours)
@@ -137,7 +140,7 @@ DEPTHS = {
 
 
 @pytest.mark.parametrize("name", [f"{kind}{depth}" for kind, depths in DEPTHS.items() for depth in depths])
-def test_every_depth_is_recognised_and_returns(name):
+def test_every_depth_is_recognised_and_round_trips(name):
   net, x = small(name, 9), jnp.zeros((2, 32, 32, 3))
   state = convert.to_torch(name, random_variables(net, x))
   found = {key: array.shape for key, array in state.items()}
@@ -173,7 +176,7 @@ def test_too_small_images_are_refused(name, size):
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet21", "small_resnet2", "imagenet_resnet19"])
-def test_depths_that_are_none_are_refused(name):
+def test_impossible_depths_are_refused(name):
   with pytest.raises(Refusal, match="6n|did you mean 'imagenet_resnet18'"):
     nets.classifier(name, 10)
 

@@ -1,4 +1,4 @@
-"""The converter as a command: formats, flags, what it writes, and the checkpoints of others."""
+"""The converter as a command: formats, flags, what it writes, and published checkpoints."""
 
 import re
 import runpy
@@ -15,8 +15,9 @@ from conftest import shared
 from parity import jitted_forward, nhwc, shapes
 from safetensors.numpy import save_file
 
-from cpsc_jax import checkpoint, convert, datasets, nets, teach
-from cpsc_jax.convert.__main__ import main
+from cpsc_jax import checkpoint, datasets, nets, teach
+from cpsc_jax.interop import convert
+from cpsc_jax.interop.convert.__main__ import main
 from cpsc_jax.mesh import make_mesh
 
 torch = pytest.importorskip("torch", reason="the files are made with torch: pip install -e '.[test]'")
@@ -46,7 +47,7 @@ def refused(capsys, *command):
 
 
 def on_gpu(path):
-  """Makes a file say that its tensors lay on a GPU; this machine has none to save them from."""
+  """Changes a file so that its tensors were saved from a GPU."""
   with zipfile.ZipFile(path) as archive:
     entries = [(name, archive.read(name)) for name in archive.namelist()]
   with zipfile.ZipFile(path, "w") as archive:
@@ -79,7 +80,7 @@ SAVED = {
 
 @pytest.mark.parametrize("name", SAVED)
 def test_formats(name, twin, tmp_path, capsys):
-  """However a state dict is saved, the same variables come out of it."""
+  """However a state dict is saved, the variables are the same."""
   SAVED[name](tmp_path / name, twin.state_dict())
   card, printed = converted(capsys, tmp_path / name)
   like = shapes(nets.classifier("cifar_resnet8", 10), jnp.zeros((2, 32, 32, 3)))
@@ -115,8 +116,8 @@ def test_without_pytorch(twin, tmp_path, capsys, monkeypatch):
   assert card["net"] == "cifar_resnet8"
   line = refused(capsys, tmp_path / "a.pth", "--out", tmp_path / "out")
   assert "pip install 'cpsc_jax[torch]'" in line and ".safetensors" in line
-  code = "import sys; sys.modules['torch'] = None; from cpsc_jax.convert.__main__ import main; sys.exit(main())"
-  command = [sys.executable, "-c", code, tmp_path / "a.safetensors", "--out", tmp_path / "alone"]
+  code = "import sys; sys.modules['torch'] = None; from cpsc_jax.interop.convert.__main__ import main; sys.exit(main())"
+  command = [sys.executable, "-c", code, tmp_path / "a.safetensors", "--out", tmp_path / "without"]
   assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
 
 
@@ -133,22 +134,22 @@ def test_flags_override(source, capsys):
   flags = ["--mean", "0.5,0.4,0.3", "--std=.2,.2,.2", "--image_size", "48", "--num_classes", "10"]
   card, printed = converted(capsys, again, *flags, "--arch", "cifar_resnet8")
   assert (card["mean"], card["std"], card["image_size"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2], 48)
-  assert "mean 0.5, 0.4, 0.3, std 0.2, 0.2, 0.2" in printed and "as given" in printed
+  assert "mean 0.5, 0.4, 0.3, std 0.2, 0.2, 0.2" in printed and "from --mean and --std" in printed
 
 
 REFUSED_FLAGS = {
-  "classes": (["--num_classes", "100"], "has 10 classes, not the 100"),
+  "classes": (["--num_classes", "100"], "has 10 classes, but --num_classes is 100"),
   "another net": (["--arch", "cifar_resnet14"], r"missing: layer1.1.bn1.running_mean.* and \d+ more"),
-  "another family": (["--arch", "imagenet_resnet18"], "missing: .*unexpected: linear.bias, linear.weight; of another"),
+  "another family": (["--arch", "imagenet_resnet18"], "missing: .*unexpected: linear.bias, linear.weight; wrong shape"),
   "no net": (["--arch", "alexnet"], "no PyTorch family has a net 'alexnet'"),
   "no depth": (["--arch", "wrn_17_1"], "6n"),
-  "mean alone": (["--mean", "0.5,0.5,0.5"], "belong together"),
-  "two channels": (["--mean", "0.5,0.5", "--std", "0.5,0.5"], "3 channels"),
+  "mean without std": (["--mean", "0.5,0.5,0.5"], "must be given together"),
+  "two channels": (["--mean", "0.5,0.5", "--std", "0.5,0.5"], "must be 3 finite numbers each, one per channel"),
   "no spread": (["--mean", "0.5,0.5,0.5", "--std", "0.5,0,0.5"], "positive"),
   "not finite": (["--mean", "0.5,0.5,nan", "--std", "1,1,1"], "finite"),
-  "no size": (["--image_size", "0"], "8 to 1024"),
+  "no size": (["--image_size", "0"], "--image_size must be between 8 and 1024, got 0"),
   "no data set": (["--check", "mnist"], "no data set 'mnist'"),
-  "not prepared": (["--check", "cifar10", "--data_dir", "/nonexistent"], "datasets.prepare cifar10"),
+  "not prepared": (["--check", "cifar10", "--data_dir", "/nonexistent"], "prepare cifar10"),
   "other data": (["--check", "digits"], "digits"),
 }
 
@@ -173,7 +174,7 @@ def test_places_that_cannot_be_written(source, capsys):
 
 
 def test_no_customary_normalisation(tmp_path, capsys):
-  """17 classes are no data set's: the zoo's nets then need to be told."""
+  """No data set has 17 classes, so that nets of the zoo need --mean and --std."""
   torch.save(zoo.WideResNet(10, 1, 17).state_dict(), tmp_path / "a.pth")
   assert "--mean and --std" in refused(capsys, tmp_path / "a.pth", "--out", tmp_path / "out")
   card, _ = converted(capsys, tmp_path / "a.pth", "--mean", "0,0,0", "--std", "1,1,1")
@@ -187,23 +188,25 @@ def test_converted_teacher_is_checked_and_used(digits_dir, tmp_path, capsys):
   torch.save(twin.state_dict(), tmp_path / "a.pth")
   flags = ["--mean", "0.3", "--std", "0.4", "--data_dir", digits_dir]
   card, printed = converted(capsys, tmp_path / "a.pth", "--check", "digits", *flags)
-  test = datasets.load_test("digits", digits_dir)
+  data = datasets.find("digits", digits_dir)
+  test = data.load_evaluation("test")
   x = torch.tensor((np.asarray(test.images) / 255.0 - 0.3) / 0.4).permute(0, 3, 1, 2).float()
   with torch.no_grad():
     right = int((twin.eval()(x)[0].argmax(1).numpy() == np.asarray(test.labels)).sum())
   assert card["accuracy"] == right / 454 and f"({right} of the 454 test images of 'digits')" in printed
-  folder = str(tmp_path / "a.pth-teacher")
-  config = ml_collections.ConfigDict({"dataset": {"name": "digits", "data_dir": ""}, "teacher": {"checkpoint": folder}})
-  assert teach.check_teacher(config)["mean"] == [0.3]
-  net, variables, card = teach.obtain_teacher(config, test, tmp_path, make_mesh())
+  config = ml_collections.ConfigDict({"teacher": {"checkpoint": str(tmp_path / "a.pth-teacher")}})
+  card = teach.describe_teacher(config, data)
+  assert card["mean"] == [0.3]
+  net = nets.classifier(card["net"], card["num_classes"])
+  teacher = teach.obtain_teacher(config, net, card, data, test, tmp_path, make_mesh())
   with torch.no_grad():
     logits = twin(x[:5])[0].numpy()
-  ours = jitted_forward(net, False)(variables, jnp.asarray(nhwc(x[:5].numpy())))[0].logits
+  ours = jitted_forward(teacher.net, False)(teacher.variables, jnp.asarray(nhwc(x[:5].numpy())))[0].logits
   np.testing.assert_allclose(ours, logits, atol=1e-4)
 
 
-# Checkpoints of others: file -> net, twin, right answers of 10,000 by PyTorch
-OTHERS = {
+# Published checkpoints: file -> net, twin, correct predictions of 10,000 by PyTorch
+PUBLISHED = {
   "resnet20-12fca82f.th": ("cifar_resnet20", lambda: zoo.ThinResNet(20, 10, free=True), 9173),
   "resnet56-4bfd9763.th": ("cifar_resnet56", lambda: zoo.ThinResNet(56, 10, free=True), 9339),
   "WRN10_1_cifar10.pth": ("wrn_10_1", lambda: zoo.WideResNet(10, 1, 10), 8806),
@@ -213,10 +216,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_checkpoints_of_others(name, tmp_path, capsys):
-  """Each converts by itself; on real images its logits are PyTorch's."""
-  source, (net_name, twin, _) = shared("data", "checkpoints", name), OTHERS[name]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints(name, tmp_path, capsys):
+  """Each converts without flags, and its logits on real images are PyTorch's."""
+  source, (net_name, twin, _) = shared("data", "checkpoints", name), PUBLISHED[name]
   images = runpy.run_path(str(shared("data", "unpack.py")))["cifar10"]("test")[0][:32]
   out = tmp_path / "teacher"
   assert main([str(source), "--out", str(out)]) == 0
@@ -247,8 +250,8 @@ def cifar10_dir(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_accuracy_of_others(name, cifar10_dir, tmp_path):
-  source, (_, _, right) = shared("data", "checkpoints", name), OTHERS[name]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_accuracy_of_published_checkpoints(name, cifar10_dir, tmp_path):
+  source, (_, _, right) = shared("data", "checkpoints", name), PUBLISHED[name]
   assert main([str(source), "--out", str(tmp_path / "t"), "--check", "cifar10", "--data_dir", cifar10_dir]) == 0
   assert abs(checkpoint.read_card(tmp_path / "t")["accuracy"] * 10_000 - right) <= 2

@@ -1,4 +1,4 @@
-"""Taking nets out of a finished run: what the files hold, that they say what the net says, and what is refused."""
+"""Exporting nets of a finished run and drawing samples: content of the files, equal outputs, refusals."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import safetensors
 from conftest import REPOSITORY
 from parity import assert_close, nhwc, shapes
 
-from cpsc_jax import checkpoint, convert, datasets, export, nets, onnx_graph, sample, saved
+from cpsc_jax import checkpoint, datasets, nets, sample, saved
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop import convert, export, onnx_graph
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install -e '.[test]'")
@@ -22,8 +23,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip 
 import torch_zoo as zoo  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # the others take 8 pixels, ImageNet's 32
-SAVED_GENERATORS = [name for name in nets.GENERATORS if name != "pixels"]  # that one has nothing to save
+LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # pixels; ImageNet's nets 32, the others 8
+SAVED_GENERATORS = [name for name in nets.GENERATORS if name != "pixels"]  # which no run saves
 EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *SAVED_GENERATORS)
 DEEPER = ("resnet34", "vgg13", "vgg16", *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")))
 CLASSES, LATENT, WIDTH = 5, 6, 4
@@ -34,7 +35,7 @@ def pixels(name):
 
 
 def random_net(name, channels=3):
-  """A `SavedNet` with random variables that no reordering leaves as they are; ImageNet's VGG with few hidden units."""
+  """A `SavedNet` with random variables, so that any reordering changes them; ImageNet's VGG with few hidden units."""
   card = {"net": name, "num_classes": CLASSES, "image_size": pixels(name), "channels": channels}
   card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH}
   net, inputs = saved.rebuild(card)
@@ -82,7 +83,7 @@ def test_the_graph_is_as_small_as_the_net(tmp_path):
   options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
   onnxruntime.InferenceSession(model.SerializeToString(), options)
   fused = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
-  assert "Mul" not in fused, "batch norm melts into the convolutions"
+  assert "Mul" not in fused, "batch norm is fused into the convolutions"
 
 
 TWINS = {
@@ -98,8 +99,8 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_pytorch_takes_the_weights_strictly(name, tmp_path):
-  """And back: JAX -> PyTorch module -> JAX is bit-identical."""
+def test_pytorch_loads_the_weights_strictly(name, tmp_path):
+  """The round trip JAX -> PyTorch module -> JAX is bit-identical, and the outputs agree."""
   net = random_net(name)
   readers = {"torch": lambda path: torch.load(path, weights_only=True), "safetensors": load_file}
   for form, read in readers.items():
@@ -119,7 +120,7 @@ def test_pytorch_takes_the_weights_strictly(name, tmp_path):
     assert_close(jax.jit(call)(net.variables, *ours), theirs(), 1e-5)
 
 
-def test_safetensors_say_what_the_net_is(tmp_path):
+def test_safetensors_metadata(tmp_path):
   net = random_net("wrn_10_1")
   export.write_safetensors(tmp_path / "weights", net)
   with safetensors.safe_open(tmp_path / "weights", "numpy") as file:
@@ -143,13 +144,13 @@ def results_of(workdir):
 
 
 @pytest.mark.parametrize("which", ["student", "student_best", "teacher"])
-def test_the_onnx_file_classifies_as_the_run_says(which, finished, digits_dir, tmp_path, capsys):
+def test_the_onnx_file_has_the_accuracy_of_the_run(which, finished, digits_dir, tmp_path, capsys):
   path = out_of(tmp_path, finished, "--format", "onnx", *(() if which == "student" else ("--which", which)))
   said = capsys.readouterr().out
   assert "77,562 parameters" in said and "of the largest output" in said and "mean [0.3057]" in said
   session = onnxruntime.InferenceSession(str(path))
   facts = session.get_modelmeta().custom_metadata_map
-  test = datasets.load_test("digits", digits_dir)
+  test = datasets.find("digits", digits_dir).load_evaluation("test")
   mean, std = (np.asarray(json.loads(facts[key]), np.float32) for key in ("mean", "std"))
   images = ((np.asarray(test.images) / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
   (logits,) = session.run(["logits"], {"images": images})
@@ -166,10 +167,10 @@ def test_the_onnx_file_classifies_as_the_run_says(which, finished, digits_dir, t
 @pytest.mark.parametrize("form", ["torch", "safetensors", "stablehlo"])
 def test_formats(form, which, finished, tmp_path, capsys):
   out_of(tmp_path, finished, "--format", form, "--which", which)
-  assert ("bit for bit" in capsys.readouterr().out) == (form in export.WEIGHTS)
+  assert ("bit-identical" in capsys.readouterr().out) == (form in export.WEIGHTS)
 
 
-def test_a_net_s_own_folder_will_do(finished, tmp_path):
+def test_the_folder_of_a_net_is_accepted(finished, tmp_path):
   digest = checkpoint.read_card(finished / "generator")["digest"]
   path = out_of(tmp_path, finished / "generator", "--format", "safetensors")
   with safetensors.safe_open(path, "numpy") as file:
@@ -177,9 +178,12 @@ def test_a_net_s_own_folder_will_do(finished, tmp_path):
 
 
 def test_the_command_runs_as_documented(finished, tmp_path):
-  argv = ["-m", "cpsc_jax.export", finished, "--format", "safetensors", "--out", tmp_path / "student.safetensors"]
-  subprocess.run([sys.executable, *argv], cwd=REPOSITORY, check=True, capture_output=True)
-  assert (tmp_path / "student.safetensors").stat().st_size > 4 * 77562
+  """Also as a module, and without --format where the suffix says it."""
+  for module in (("cpsc_jax", "export"), ("cpsc_jax.interop.export",)):
+    out = tmp_path / f"{module[0]}.safetensors"
+    argv = [sys.executable, "-m", *module, finished, "--out", out]
+    subprocess.run(argv, cwd=REPOSITORY, check=True, capture_output=True)
+    assert out.stat().st_size > 4 * 77562
 
 
 def arrays_of(tmp_path, workdir, *argv):
@@ -215,13 +219,13 @@ def test_a_picture_of_samples(finished, tmp_path):
   assert few[..., :3].std() > 0.05
 
 
-def test_class_names_travel(finished):
+def test_class_names_are_saved(finished):
   assert checkpoint.read_card(finished / "student")["class_names"] == [str(i) for i in range(10)]
   assert saved.class_names({"num_classes": 2, "class_names": ["cat", "dog"]}) == ["cat", "dog"]
 
 
 def test_generators_of_older_runs(finished, tmp_path):
-  """Their cards did not say latent_dim and width."""
+  """Their cards lack latent_dim and width."""
   shutil.copytree(finished / "generator", tmp_path / "w" / "generator")
   card = checkpoint.read_card(tmp_path / "w" / "generator")
   del card["latent_dim"], card["width"]
@@ -245,7 +249,7 @@ checkpoint.save_net(sys.argv[2], jax.device_put(net.variables, mesh.replicated(m
   assert checkpoint.digest(saved.load(tmp_path / "net").variables) == digest
 
 
-def test_a_teacher_from_elsewhere_is_found(finished, tmp_path):
+def test_a_teacher_outside_the_run_is_found(finished, tmp_path):
   for name in ("config.json", "results.json"):
     shutil.copy(finished / name, tmp_path)
   config = json.loads((tmp_path / "config.json").read_text())
@@ -278,15 +282,15 @@ def test_bad_flags_are_refused(capsys, tmp_path, finished):
   out = ("--out", tmp_path / "x.png")
   for main, argv, *words in (
     (export.main, (finished, "--format", "tf", *out), "'tf'", "safetensors"),
-    (export.main, (finished, *out), "--format"),
+    (export.main, (finished, *out), "--format", ".safetensors, .onnx"),
     (export.main, (finished, "--format", "onnx"), "--out"),
     (export.main, (finished, "--format", "onnx", "--which", "critic", *out), "'critic'", "student_best"),
-    (export.main, (finished / "student", "--format", "onnx", "--which", "student", *out), "leave --which out"),
+    (export.main, (finished / "student", "--format", "onnx", "--which", "student", *out), "remove --which"),
     (sample.main, (finished, "--classes", "3,x", *out), "comma-separated integers", "3,x"),
     (sample.main, (finished, "--classes", "3,10", *out), "no class 10", "0 to 9"),
     (sample.main, (finished, "--classes=-1", *out), "no class -1"),
-    (sample.main, (finished, "--per_class", "0", *out), "--per_class 0"),
-    (sample.main, (finished, "--per_class", "101", *out), "--per_class 101", ".npz"),
+    (sample.main, (finished, "--per_class", "0", *out), "--per_class must be at least 1, got 0"),
+    (sample.main, (finished, "--per_class", "101", *out), "--per_class must be at most 100", "got 101", ".npz"),
     (sample.main, (finished, "--seed", 2**40, *out), "--seed"),
     (sample.main, (finished, "--out", tmp_path / "x.gif"), ".png"),
     (sample.main, (finished / "student", *out), "not a generator"),
@@ -294,11 +298,11 @@ def test_bad_flags_are_refused(capsys, tmp_path, finished):
     refused(capsys, tmp_path, main, argv, *words)
 
 
-def test_what_is_no_finished_run_is_refused(capsys, tmp_path, finished):
+def test_unfinished_runs_are_refused(capsys, tmp_path, finished):
   argv = ("--format", "onnx", "--out", tmp_path / "x")
   refused(capsys, tmp_path, export.main, (tmp_path / "nowhere", *argv), "no run and no saved net")
   workdir = copy_of(finished, tmp_path, "config.json", "student")
-  command = f"python -m cpsc_jax.main --config CONFIG --workdir {workdir}"
+  command = f"cpsc-jax --config CONFIG --workdir {workdir}"
   refused(capsys, tmp_path, export.main, (workdir, *argv), "'digits_smoke'", "not finished", command)
   shutil.copy(finished / "results.json", workdir)
   refused(capsys, tmp_path, export.main, (workdir, "--which", "student_best", *argv), "no saved net")
@@ -319,16 +323,16 @@ def test_damaged_nets_are_refused(capsys, tmp_path, finished):
       (workdir / which / checkpoint.CARD).write_text(json.dumps(damage))
       refused(capsys, tmp_path, export.main, argv, word)
     (workdir / which / checkpoint.CARD).write_text(json.dumps({k: v for k, v in card.items() if k != "mean"}))
-    refused(capsys, tmp_path, export.main, argv, "does not say mean")
+    refused(capsys, tmp_path, export.main, argv, "lacks mean")
     (workdir / which / checkpoint.CARD).write_text("{")
     refused(capsys, tmp_path, export.main, argv, "no saved net")
 
 
-def test_nothing_is_overwritten_and_nothing_left(capsys, tmp_path, finished):
+def test_nothing_is_overwritten_or_left_behind(capsys, tmp_path, finished):
   (tmp_path / "mine.png").write_text("mine")
   out = ("--out", tmp_path / "mine.png")
-  refused(capsys, tmp_path, export.main, (finished, "--format", "onnx", *out), "exists already")
-  refused(capsys, tmp_path, sample.main, (finished, *out), "exists already")
+  refused(capsys, tmp_path, export.main, (finished, "--format", "onnx", *out), "already exists")
+  refused(capsys, tmp_path, sample.main, (finished, *out), "already exists")
   assert (tmp_path / "mine.png").read_text() == "mine"
   for place in (tmp_path / "no" / "x.png", tmp_path / "mine.png" / "x.png", tmp_path / ("n" * 300 + ".png")):
     refused(capsys, tmp_path, export.main, (finished, "--format", "onnx", "--out", place), "cannot write")
@@ -343,9 +347,12 @@ def test_a_missing_package_names_its_extra(form, capsys, tmp_path, finished, mon
   refused(capsys, tmp_path, export.main, argv, f"pip install 'cpsc_jax[{extra}]'")
 
 
-def test_a_file_that_says_something_else_gets_no_name(capsys, tmp_path, finished, monkeypatch):
-  """A weight is changed on its way into the file."""
-  changed = lambda tree: jax.tree.map(lambda a: a + 1e-3 if a.ndim == 4 else a, tree)
+def test_a_file_that_differs_from_the_net_is_removed(capsys, tmp_path, finished, monkeypatch):
+  """A weight is changed before it is written."""
+
+  def changed(tree):
+    return jax.tree.map(lambda a: a + 1e-3 if a.ndim == 4 else a, tree)
+
   to_torch, signature = convert.to_torch, export.signature
   monkeypatch.setattr(convert, "to_torch", lambda name, variables: changed(to_torch(name, variables)))
   for form in export.WEIGHTS:
@@ -354,7 +361,7 @@ def test_a_file_that_says_something_else_gets_no_name(capsys, tmp_path, finished
   calls = []
 
   def once_changed(net):
-    """What is written is another net than the one that it is held against."""
+    """The net that is written differs from the one that it is compared with."""
     inputs, output, call = signature(net)
     calls.append(net)
     return inputs, output, (lambda v, *x: call(changed(v), *x)) if len(calls) % 2 else call

@@ -1,4 +1,4 @@
-"""Checkpoints are untrusted: damaged and hostile files are refused in one line, run nothing and leave nothing.
+"""Checkpoints are untrusted: damaged and hostile files are refused in one line, execute nothing and write nothing.
 
 At least 100 files are made by hand and 180 by hypothesis; the tests count them.
 """
@@ -21,9 +21,10 @@ import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from cpsc_jax import checkpoint, convert, saved
-from cpsc_jax.convert import torch_files
-from cpsc_jax.convert.__main__ import main, shapes_of
+from cpsc_jax import checkpoint, saved
+from cpsc_jax.interop import convert
+from cpsc_jax.interop.convert import torch_files
+from cpsc_jax.interop.convert.__main__ import main, shapes_of
 
 torch = pytest.importorskip("torch", reason="the files are made with torch: pip install -e '.[test]'")
 
@@ -77,7 +78,8 @@ def refuse(capsys, source, *flags):
   return stderr
 
 
-# Made by hand: name -> function that writes the file given a folder, or returns what torch.save gets.
+# Made by hand. CALLS: name -> (file to create) -> an object whose unpickling would create it; CONTENTS: what torch.save
+# gets; FILES: the bytes, or a function that writes them to a path.
 
 CALLS = {
   "os.system": lambda mark: Reduces(os.system, f"touch {mark}"),
@@ -389,7 +391,7 @@ def test_weights_that_do_not_fit_are_refused(damage, tmp_path, capsys):
 
 
 def test_every_format_converts(valid, tmp_path, capsys):
-  """What the damage above is done to is in order: else the refusals would prove nothing."""
+  """The undamaged files convert, without which the refusals above would prove nothing."""
   cards = []
   for form in FORMATS:
     path = tmp_path / f"{form}{suffix(form)}"
@@ -405,16 +407,16 @@ def test_every_format_converts(valid, tmp_path, capsys):
 
 
 def test_from_the_command_line(tmp_path):
-  """As users meet it: exit code, one line, no traceback."""
+  """In a process of its own: exit code, one line, no traceback."""
   mark = tmp_path / "mark"
   source = write(tmp_path / "evil.pth", {"state_dict": CALLS["os.system"](mark)})
-  command = [sys.executable, "-m", "cpsc_jax.convert", str(source), "--out", str(tmp_path / "out")]
+  command = [sys.executable, "-m", "cpsc_jax.interop.convert", str(source), "--out", str(tmp_path / "out")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert done.returncode == 2 and "Traceback" not in done.stderr and "posix.system" in done.stderr
   assert sorted(tmp_path.iterdir()) == [source]
 
 
-def test_bookkeeping_beside_the_weights_is_passed_over(tmp_path, capsys):
+def test_bookkeeping_beside_the_weights_is_ignored(tmp_path, capsys):
   extras = {
     "args": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("/data")),
     "best": np.float64(91.7),

@@ -1,4 +1,4 @@
-"""The launchers that need a cloud, without one: what they would run, and what they do when a slice is taken away."""
+"""The launchers that need a cloud, tested without one: what they would run, and what they do after a preemption."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import yaml
 from conftest import REPOSITORY
 
 POD = REPOSITORY / "launch" / "tpu_pod.sh"
-# A slice as far as the script can see: `state` says how it is, the run's first attempt ends by preemption.
+# A stand-in for gcloud: the file `state` holds the state of the slice; the run's first attempt is preempted.
 GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >>"$FAKE/calls"
 case "$4 $*" in
@@ -29,7 +29,7 @@ esac
 
 @pytest.fixture
 def pod(tmp_path):
-  """Runs tpu_pod.sh against a gcloud of our own; returns (exit code, output, calls by verb)."""
+  """Runs tpu_pod.sh with the stand-in for gcloud; returns (exit code, output, calls)."""
   (tmp_path / "gcloud").write_text(GCLOUD)
   (tmp_path / "gcloud").chmod(0o755)
 
@@ -47,16 +47,18 @@ def verbs(calls):
   return [call.split()[3] for call in calls if call.split()[0] == "compute"]
 
 
-def test_a_preempted_slice_is_made_anew_and_the_run_started_again(pod, tmp_path):
+def test_a_preempted_slice_is_created_again_and_the_run_restarted(pod, tmp_path):
   run = ("--type", "v5litepod-16", "--spot", "--back", str(tmp_path / "back"), "--delete", "--", "--config=c.py")
   code, output, calls = pod(*run)
-  assert code == 0 and output.count("epoch 1") == 2 and "slice is PREEMPTED; making it anew" in output
+  assert code == 0 and output.count("epoch 1") == 2 and "slice is PREEMPTED; creating it again" in output
   assert verbs(calls).count("create") == 2 and verbs(calls).count("delete") == 2
   assert [call for call in calls if "create" in call][0].split()[-2:] == ["--spot", "--zone=z"]
   started = [call for call in calls if "setsid" in call]
   assert len(started) == 2 and all("--worker=all" in call and "--config=c.py" in call for call in started)
   copied = [call for call in calls if "--recurse" in call]
-  assert len(copied) == 1 and calls.index(copied[0]) > calls.index(started[-1]), "results are copied at the end"
+  assert len(copied) == 1 and calls.index(copied[0]) > calls.index(started[-1]), (
+    "results are copied once, after the last attempt"
+  )
 
 
 def test_a_refusal_ends_the_run_and_the_slice_is_reused(pod, tmp_path):
@@ -83,7 +85,7 @@ def test_dry_run_and_help(pod, tmp_path):
 
 
 def test_gcloud_knows_the_flags(pod):
-  """Where the real gcloud is installed, its own help lists every flag that the script passes."""
+  """If the real gcloud is installed, its help lists every flag that the script uses."""
   if subprocess.run(["sh", "-c", "command -v gcloud"], capture_output=True).returncode:
     pytest.skip("gcloud is not installed here")
   output = pod("--type", "t", "--spot", "--delete", "--dry-run", "--", "--config=c.py")[1]
@@ -96,7 +98,7 @@ def test_gcloud_knows_the_flags(pod):
     assert set(re.findall(r" (--[a-z-]+)", line.split("--command")[0])) <= known, verb
 
 
-# The fields that the JobSet API v1alpha2 (kubernetes-sigs/jobset) has where the file uses them, and the job's below.
+# The fields of the JobSet API v1alpha2 (kubernetes-sigs/jobset) at the places that the file uses.
 FIELDS = {
   "": {"apiVersion", "kind", "metadata", "spec", "status"},
   "spec": {
@@ -142,7 +144,7 @@ def test_jobset():
   assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
-def test_the_job_in_the_jobset_is_one_by_kubernetes_schema():
+def test_the_job_in_the_jobset_fits_kubernetes_schema():
   kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
   jobset = yaml.safe_load((REPOSITORY / "launch" / "jobset.yaml").read_text())
   (replicated,) = jobset["spec"]["replicatedJobs"]

@@ -1,4 +1,4 @@
-"""JAX functions against their ONNX graphs in onnxruntime: every rule, whole nets in test_export.py."""
+"""JAX functions against their ONNX graphs in onnxruntime: every rule; test_export.py has whole nets."""
 
 import flax.linen as nn
 import jax
@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from parity import assert_close
 
 from cpsc_jax.errors import Refusal
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx and onnxruntime: pip install -e '.[test]'")
-from cpsc_jax import onnx_graph  # noqa: E402
+from cpsc_jax.interop import onnx_graph  # noqa: E402
 
 RNG = np.random.default_rng(0)
 TABLE, MATRIX, KERNEL = (RNG.standard_normal(shape, np.float32) for shape in ((5, 4), (4, 6), (3, 3, 4, 5)))
@@ -22,7 +23,7 @@ def conv(x, w=KERNEL, strides=(1, 1), padding=((1, 0), (2, 1)), **kw):
   return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT, **kw)
 
 
-# name -> function of x (N, 6, 6, 4); the names are those of the primitives that matter.
+# name, after the primitives under test -> function of x (N, 6, 6, 4)
 CASES = {
   "abs neg sign": lambda x: jnp.abs(x) - jnp.sign(-x),
   "add sub mul div": lambda x: (x + TABLE[0] - x[:, :1]) * (2.0 - x) / (3.0 + x * x) - TABLE[1],
@@ -37,7 +38,7 @@ CASES = {
   "and or not": lambda x: ((x > 0) & (x < 1) | ~(x > -1)).astype(jnp.float32),
   "select_n": lambda x: jnp.where(x > 0, x, TABLE[2]),
   "convert_element_type": lambda x: (10 * x).astype(jnp.int32).astype(jnp.float32),
-  "copy stop_gradient": lambda x: lax.stop_gradient(jnp.copy(x)) * 2,
+  "copy stop_gradient name": lambda x: checkpoint_name(lax.stop_gradient(jnp.copy(x)), "kept") * 2,
   "reshape": lambda x: conv(x).reshape(x.shape[0], -1),
   "squeeze": lambda x: lax.squeeze(x[:, :1], (1,)) + lax.squeeze(x[:, :, 2:3], (2,)),
   "transpose": lambda x: jnp.transpose(conv(x), (0, 3, 2, 1)) * 2,
@@ -81,10 +82,15 @@ def in_onnxruntime(function, *arrays, variables=()):
   inputs = {f"input_{i}": (a.shape[1:], a.dtype) for i, a in enumerate(arrays)}
   model = onnx_graph.build(function, variables, inputs, "output", {})
   session = onnxruntime.InferenceSession(model.SerializeToString())
-  turned = lambda a, axes: a.transpose(axes) if a.ndim == 4 else a
-  run = lambda *arrays: turned(
-    session.run(None, dict(zip(inputs, (turned(a, (0, 3, 1, 2)) for a in arrays), strict=True)))[0], (0, 2, 3, 1)
-  )
+
+  def transposed(a, axes):
+    return a.transpose(axes) if a.ndim == 4 else a
+
+  def run(*arrays):
+    channels_first = [transposed(a, (0, 3, 1, 2)) for a in arrays]
+    (result,) = session.run(None, dict(zip(inputs, channels_first, strict=True)))
+    return transposed(result, (0, 2, 3, 1))
+
   return model, run
 
 
@@ -104,7 +110,7 @@ def test_every_rule_is_tested():
 
 
 class Own(nn.Module):
-  """A network that is not in the zoo: patches, attention, group and layer norm, no batch norm."""
+  """A network of the user's: patches, attention, group and layer norm, no batch norm."""
 
   @nn.compact
   def __call__(self, x):
@@ -114,7 +120,7 @@ class Own(nn.Module):
     return nn.Dense(5)(x.mean(1)), x
 
 
-def test_a_module_from_elsewhere():
+def test_a_module_of_the_user():
   x = np.random.default_rng(1).standard_normal((3, 8, 8, 3), np.float32)
   variables = jax.jit(Own().init)(jax.random.key(0), x)
   model, run = in_onnxruntime(lambda v, x: Own().apply(v, x)[0], x, variables=variables)
@@ -123,7 +129,7 @@ def test_a_module_from_elsewhere():
   assert "params.Conv_0.kernel" in {i.name for i in model.graph.initializer}
 
 
-def test_what_has_no_onnx_form_is_refused():
+def test_unsupported_primitives_are_refused():
   x = np.ones((2, 6, 6, 4), np.float32)
   for function, name in (
     (lambda _, x: jnp.sort(x), "sort"),
@@ -136,11 +142,11 @@ def test_what_has_no_onnx_form_is_refused():
   ):
     with pytest.raises(Refusal, match=f"'{name}'.*stablehlo"):
       in_onnxruntime(function, x)
-  with pytest.raises(Refusal, match="ONNX does not accept the graph.*And"):
+  with pytest.raises(Refusal, match="the ONNX graph is not valid.*And"):
     in_onnxruntime(lambda _, x: x.astype(jnp.int32) & 1, x)
 
 
-def test_what_is_not_asked_for_is_left_out():
+def test_unused_equations_are_left_out():
   def function(_, x):
     jnp.sort(x)
     return jnp.tanh(x)

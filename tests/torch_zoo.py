@@ -293,9 +293,12 @@ class DCGANGenerator(nn.Module):
 
 
 def randomise(module, seed=0):
-  """Random affine parameters, embeddings and running statistics, so that nothing is tested at its trivial start."""
+  """Random affine parameters, embeddings and running statistics in place of their initial zeros and ones."""
   generator = torch.Generator().manual_seed(seed)
-  draw = lambda shape, low, high: torch.rand(shape, generator=generator) * (high - low) + low
+
+  def draw(shape, low, high):
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
   with torch.no_grad():
     for child in module.modules():
       if isinstance(child, nn.BatchNorm2d):

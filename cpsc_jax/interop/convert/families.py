@@ -1,14 +1,14 @@
-"""The families of PyTorch networks that this package knows, told apart by their keys and shapes."""
+"""The families of PyTorch networks that the converter supports, recognised by the keys and shapes of a state dict."""
 
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from cpsc_jax.convert.mapping import ROWS, TRANSPOSED, Naming
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop.convert.mapping import ROWS, TRANSPOSED, Naming
 
-MOST_BLOCKS = 200  # in a stage; a file with more is no net, and building one of its size would take hours
+MOST_BLOCKS = 200  # in a stage; a hostile file could otherwise make us build a net for hours
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # as most public CIFAR code has it
 
@@ -64,40 +64,47 @@ DCGAN_GENERATOR = Naming(
 
 
 class Family(NamedTuple):
-  """One way in which PyTorch code writes networks that we have.
+  """A public PyTorch implementation of nets that `cpsc_jax.nets` has too.
 
   Attributes:
-    title: for people.
-    nets: a pattern of the names of its nets in `cpsc_jax.nets`.
-    naming: its keys.
-    recognise: {key: shape} of a state dict -> the name of the net that it is, or None.
-    measure: {key: shape} -> {"num_classes", "channels"}, of a generator also its "image_size", "latent_dim", "width".
-    normalisation: customary (mean, std) of its inputs; None where that is the data set's own.
-    image_size: that its nets are usually trained on; None as above.
+    title: shown to the user.
+    nets: regular expression of the names of its nets in `cpsc_jax.nets`.
+    naming: the keys of its state dicts.
+    recognise: {key: shape} of a state dict -> the name of the net, or None.
+    measure: {key: shape} -> {"num_classes", "channels"}, for a generator also "image_size", "latent_dim" and "width".
+    normalisation: customary (mean, std) of its inputs; None: that of the data set.
+    image_size: the customary size of its inputs in pixels; None: that of the data set.
   """
 
   title: str
   nets: str
   naming: Naming
-  recognise: Callable
-  measure: Callable
+  recognise: Callable[[dict[str, tuple[int, ...]]], str | None]
+  measure: Callable[[dict[str, tuple[int, ...]]], dict[str, Any]]
   normalisation: tuple | None = None
   image_size: int | None = None
 
 
-def of(name):
-  """The first family with a net called `name`: the one that `to_torch` writes. Raises a Refusal if there is none."""
+def of(name: str) -> Family:
+  """The first family with a net called `name`, which is the one that `to_torch` writes.
+
+  Raises:
+    Refusal: no family has that net.
+  """
   for family in FAMILIES.values():
     if re.fullmatch(family.nets, name):
       return family
-  raise Refusal(f"no PyTorch family has a net '{name}'; the converter knows {known_nets()}.")
+  raise Refusal(f"no PyTorch family has a net '{name}'; the supported nets are {known_nets()}.")
 
 
-def recognise(shapes, name=None):
-  """(family, net name) of a state dict's {key: shape}; a given `name` only chooses among the ways to write that net.
+def recognise(shapes: dict[str, tuple[int, ...]], name: str | None = None) -> tuple[Family, str]:
+  """(family, net name) of a state dict given as {key: shape}; `name` restricts the search to families with that net.
+
+  If `name` is given and no family recognises the state dict, the first family with that net is returned, so that the
+  mapping can list what differs.
 
   Raises:
-    Refusal: nothing fits.
+    Refusal: no family recognises it.
   """
   for family in FAMILIES.values():
     found = family.recognise(shapes)
@@ -107,22 +114,24 @@ def recognise(shapes, name=None):
     return of(name), name
   some = ", ".join(str(key)[:100] for key in list(shapes)[:3])
   raise Refusal(
-    f"no known family has these keys ({some}, ...); --arch NAME shows what differs from one of {known_nets()}."
+    f"no supported family has these keys ({some}, ...); use --arch NAME to list what differs from one of"
+    f" {known_nets()}."
   )
 
 
-def known_nets():
+def known_nets() -> str:
+  """The names of all nets that have a PyTorch family, N for a number."""
   return ", ".join(dict.fromkeys(family.nets.replace(r"\d+", "N") for family in FAMILIES.values()))
 
 
 def _count(shapes, prefix, suffix=""):
-  """How many different numbers stand after `prefix` in the keys that end with `suffix`, up to MOST_BLOCKS."""
-  there = (key for key in shapes if key.startswith(prefix) and key.endswith(suffix))
-  return min(len({key.removeprefix(prefix).split(".")[0] for key in there}), MOST_BLOCKS)
+  """How many different numbers follow `prefix` in the keys that end with `suffix`, up to MOST_BLOCKS."""
+  keys = (key for key in shapes if key.startswith(prefix) and key.endswith(suffix))
+  return min(len({key.removeprefix(prefix).split(".")[0] for key in keys}), MOST_BLOCKS)
 
 
 def _size(shapes, key, axis=0):
-  """A dimension of an array; 1 where there is none, so that the mapping can tell what is missing."""
+  """A dimension of an array; 1 if there is none, so that the mapping can list what is missing."""
   return max(shapes[key][axis], 1) if len(shapes.get(key, ())) > axis else 1
 
 
@@ -132,7 +141,10 @@ def _ends(stem, head):
 
 
 def _generator(first, width, image, wide, shrink):
-  """Measures a generator by three weights, and by how many times wider and smaller than the image its first map is."""
+  """Measures a generator by three of its weights.
+
+  Its first feature map has `wide` times the channels of `width` and 1 / `shrink` of the image's height and width.
+  """
 
   def measure(shapes):
     narrow = _size(shapes, width)

@@ -1,10 +1,11 @@
-"""A JAX function of arrays as an ONNX graph: its jaxpr, one equation after another.
+"""Translates a JAX function of arrays to an ONNX graph, one equation of its jaxpr after another.
 
-What depends on constants alone (weights, running statistics, shapes) is computed here by JAX and folded in. ONNX has
-channels first and JAX nets have them last, so a tensor of the graph remembers in which order it holds the axes of its
-array: a transposition is then mostly a change of that note, and no node.
+Values that depend only on constants (weights, running statistics, shapes) are computed by JAX and folded in. ONNX puts
+channels first and JAX nets put them last, so each tensor of the graph records the order in which it stores the axes of
+its array: most transpositions then change this record and need no node.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,27 +22,38 @@ WRAPPERS = ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpo
 
 
 class Tensor(NamedTuple):
-  """A tensor of the graph: axis i of it is axis order[i] of the array that it stands for."""
+  """A tensor of the graph; its axis i is axis order[i] of the array that it represents."""
 
   name: str
   order: tuple[int, ...]
 
 
 class Constant(NamedTuple):
-  """An array known now, and the weight that it came from, by whose name the graph will call it."""
+  """An array whose value is known now, and the weight that it was computed from, after which the graph names it."""
 
   array: Any
   name: str = "constant"
 
 
-def build(function, variables, inputs, output, metadata):
-  """The ONNX model of function(variables, *inputs) -> array for any batch size; checked by onnx.checker.
+def build(
+  function: Callable[..., jax.Array],
+  variables: Any,
+  inputs: dict[str, tuple[tuple[int, ...], Any]],
+  output: str,
+  metadata: dict[str, str],
+) -> onnx.ModelProto:
+  """The ONNX model of function(variables, *inputs) -> array, for any batch size and checked by onnx.checker.
 
-  `inputs` is {name: (shape of one sample, dtype)}, `output` the name of the result, `metadata` {str: str}. Every (N, H,
-  W, K) among inputs and output is (N, K, H, W) in the model.
+  Args:
+    variables: a pytree of dicts of arrays, folded into the model.
+    inputs: {name: (shape of one sample, dtype)}; the batch axis comes first in all of them.
+    output: the name of the result.
+    metadata: stored in the model as its properties.
+
+  Every input or output of shape (N, H, W, K) has the shape (N, K, H, W) in the model.
 
   Raises:
-    Refusal: names the JAX primitive that has no counterpart here.
+    Refusal: the function uses a JAX primitive that has no rule here, which is named, or the graph is not valid ONNX.
   """
   (batch,) = jax.export.symbolic_shape("batch")
   specs = {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, (shape, dtype) in inputs.items()}
@@ -71,31 +83,34 @@ def build(function, variables, inputs, output, metadata):
     onnx.checker.check_model(model, full_check=True)
   except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
     reason = " ".join(str(error).split())
-    raise Refusal(f"ONNX does not accept the graph ({reason}); --format stablehlo takes every net.") from error
+    raise Refusal(f"the ONNX graph is not valid ({reason}); use --format stablehlo, which takes any net.") from error
   return model
 
 
 class Graph:
-  """The nodes and initialisers written so far. `batch` is the one symbolic size, read off the input `first`."""
+  """The nodes and initialisers written so far. `batch` is the symbolic batch size, read from the input `first`."""
 
-  def __init__(self, batch, first):
+  def __init__(self, batch: Any, first: str):
     self.batch, self.first = batch, first
     self.nodes, self.initialisers, self.written = [], [], {}
 
-  def walk(self, jaxpr, consts, args):
-    """The outputs of a jaxpr, each a Tensor or a Constant, given its inputs as such."""
+  def walk(self, jaxpr: Any, consts: Iterable, args: Iterable[Tensor | Constant]) -> list[Tensor | Constant]:
+    """Translates a jaxpr with the given inputs and returns its outputs."""
     known = dict(zip(jaxpr.constvars, (Constant(np.asarray(c)) for c in consts), strict=True))
     known.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda atom: Constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, Literal) else known[atom]
+
+    def read(atom):
+      return Constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, Literal) else known[atom]
+
     for eqn in live_equations(jaxpr):
       known.update(zip(eqn.outvars, self.results(eqn, [read(atom) for atom in eqn.invars]), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
-  def results(self, eqn, operands):
-    """What an equation gives: by unpacking it, by computing it now, or by its rule."""
+  def results(self, eqn: Any, operands: list) -> list[Tensor | Constant | None]:
+    """The outputs of an equation: translated from the jaxpr that it wraps, computed now, or translated by its rule."""
     name, many = eqn.primitive.name, eqn.primitive.multiple_results
     if name == "platform_index":
-      return [None]  # the choice is made in `unpacked`
+      return [None]  # `unpacked` chooses the platform
     inner = unpacked(eqn)
     if inner is not None:
       jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -106,20 +121,20 @@ class Graph:
       origin = next((o.name for o in operands if o.name != "constant"), "constant")
       return [Constant(np.asarray(r), origin) for r in (result if many else [result])]
     if name not in RULES:
-      raise cannot(eqn)
+      raise unsupported(eqn)
     result = RULES[name](self, eqn, *operands)
     return result if many else [result]
 
-  def add(self, op, *inputs, **attributes):
-    """The name of the one output of a node; a node that is there already serves again."""
+  def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+    """Adds a node, unless an equal one exists, and returns the name of its output."""
     key = op, inputs, str(attributes)
     if key not in self.written:
       self.written[key] = f"{op}_{len(self.nodes)}"
       self.nodes.append(helper.make_node(op, inputs, [self.written[key]], name=self.written[key], **attributes))
     return self.written[key]
 
-  def constant(self, array, name="constant"):
-    """The name of an initialiser with this content."""
+  def constant(self, array: np.ndarray, name: str = "constant") -> str:
+    """Adds an initialiser with this content, unless there is one, and returns its name."""
     array = np.ascontiguousarray(array)
     key = name, array.dtype, array.shape, array.tobytes()
     if key not in self.written:
@@ -128,40 +143,45 @@ class Graph:
       self.initialisers.append(numpy_helper.from_array(array, self.written[key]))
     return self.written[key]
 
-  def integers(self, values):
+  def integers(self, values: Iterable[int]) -> str:
+    """The name of an initialiser that holds these integers."""
     return self.constant(np.asarray(values, np.int64))
 
-  def stored(self, value, order):
-    """The name of a tensor that holds `value` with its axes in `order`."""
+  def stored(self, value: Tensor | Constant, order: tuple[int, ...]) -> str:
+    """The name of a tensor that stores the axes of `value` in this order."""
     if isinstance(value, Constant):
       return self.constant(value.array.transpose(order), value.name)
     if value.order == order:
       return value.name
     return self.add("Transpose", value.name, perm=[value.order.index(axis) for axis in order])
 
-  def plain(self, value):
-    """The name of a tensor that holds `value` with its axes as JAX has them."""
+  def plain(self, value: Tensor | Constant) -> str:
+    """The name of a tensor that stores the axes of `value` in JAX's order."""
     return self.stored(value, as_is(value.array.ndim if isinstance(value, Constant) else len(value.order)))
 
 
-def as_is(ndim):
+def as_is(ndim: int) -> tuple[int, ...]:
+  """The order of axes that changes nothing."""
   return tuple(range(ndim))
 
 
-def channels_first(spec):
+def channels_first(spec: Any) -> tuple[int, ...]:
+  """The order in which the model stores an input or output: (N, H, W, K) as (N, K, H, W), others unchanged."""
   return (0, 3, 1, 2) if spec.ndim == 4 else as_is(spec.ndim)
 
 
-def static(*sizes):
+def static(*sizes: Any) -> bool:
+  """Whether all sizes are numbers, none a symbol."""
   return all(isinstance(size, int | np.integer) for size in sizes)
 
 
-def element_type(dtype):
+def element_type(dtype: Any) -> int:
+  """ONNX's number for a NumPy dtype."""
   return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
-def live_equations(jaxpr):
-  """The equations that the outputs need: of a classifier's outputs only the logits are asked for."""
+def live_equations(jaxpr: Any) -> list:
+  """The equations that the outputs depend on; a classifier also computes features, which the logits do not need."""
   needed, live = set(map(id, jaxpr.outvars)), []
   for eqn in reversed(jaxpr.eqns):
     if any(id(v) in needed for v in eqn.outvars):
@@ -170,8 +190,8 @@ def live_equations(jaxpr):
   return live
 
 
-def unpacked(eqn):
-  """The jaxpr that an equation merely wraps, or None; of several for several platforms the one for all others."""
+def unpacked(eqn: Any) -> Any | None:
+  """The jaxpr that an equation wraps, or None; of one jaxpr per platform, the default."""
   if eqn.primitive.name in WRAPPERS:
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
   if eqn.primitive.name == "cond" and eqn.params.get("branches_platforms"):
@@ -179,18 +199,19 @@ def unpacked(eqn):
   return None
 
 
-def cannot(eqn):
+def unsupported(eqn: Any) -> Refusal:
+  """The error for an equation that no rule translates."""
   return Refusal(
-    f"the net uses the JAX primitive '{eqn.primitive.name}' in a way that has no ONNX form here; --format stablehlo"
-    " takes every net."
+    f"the ONNX export does not support the JAX primitive '{eqn.primitive.name}' as this net uses it; use --format"
+    " stablehlo, which takes any net."
   )
 
 
-# Rules: (graph, equation, operands) -> what the equation gives, a list where the primitive gives several.
+# Rules: (graph, equation, *operands) -> the output of the equation, or a list of them if the primitive has several.
 
 
-def elementwise(*ops):
-  """Applies ONNX operators in turn, the first to all operands, in the order of axes of the first that has one."""
+def elementwise(*ops: str) -> Callable:
+  """A rule that applies ONNX operators in turn, the first to all operands, stored in the first tensor's order."""
 
   def rule(graph, eqn, *operands):
     ndim = eqn.outvars[0].aval.ndim
@@ -212,7 +233,7 @@ def maximum(graph, eqn, x, y):
 def subtract(graph, eqn, x, y):
   if not isinstance(y, Constant):
     return elementwise("Sub")(graph, eqn, x, y)
-  return elementwise("Add")(graph, eqn, x, y._replace(array=-y.array))  # which runtimes melt into a convolution
+  return elementwise("Add")(graph, eqn, x, y._replace(array=-y.array))  # runtimes fuse this into a convolution
 
 
 def square(graph, eqn, x):
@@ -225,7 +246,7 @@ def integer_pow(graph, eqn, x):
 
 def select(graph, eqn, which, *cases):
   if eqn.invars[0].aval.dtype != bool:
-    raise cannot(eqn)
+    raise unsupported(eqn)
   return elementwise("Where")(graph, eqn, which, *reversed(cases))
 
 
@@ -252,24 +273,25 @@ def reshape(graph, eqn, x):
 def reshaped(graph, eqn, x, shape):
   sizes = [size if static(size) else -1 for size in shape]
   if sizes.count(-1) > 1:
-    raise cannot(eqn)
+    raise unsupported(eqn)
   return Tensor(graph.add("Reshape", graph.plain(x), graph.integers(sizes)), as_is(len(shape)))
 
 
 def broadcast_in_dim(graph, eqn, x):
-  """Axes of size 1 where there are none yet, then as often as asked; the batch size is read off the input."""
-  shape, have = (
-    eqn.params["shape"],
-    dict(zip(eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape, strict=True)),
-  )
-  shown = tuple(have.get(axis, 1) for axis in range(len(shape)))
-  x = x if len(have) == len(shape) else reshaped(graph, eqn, x, shown)
-  if shown == tuple(shape):
+  """Inserts the missing axes with size 1, then expands; the batch size is read from the input."""
+  shape = eqn.params["shape"]
+  have = dict(zip(eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape, strict=True))
+  inserted = tuple(have.get(axis, 1) for axis in range(len(shape)))
+  x = x if len(have) == len(shape) else reshaped(graph, eqn, x, inserted)
+  if inserted == tuple(shape):
     return x
-  missing = [1 if old == new else new for old, new in zip(shown, shape, strict=True)]
+  missing = [1 if old == new else new for old, new in zip(inserted, shape, strict=True)]
   if any(not static(size) and size != graph.batch for size in missing):
-    raise cannot(eqn)
-  size_of = lambda size: graph.integers([size]) if static(size) else graph.add("Shape", graph.first, start=0, end=1)
+    raise unsupported(eqn)
+
+  def size_of(size):
+    return graph.integers([size]) if static(size) else graph.add("Shape", graph.first, start=0, end=1)
+
   sizes = graph.add("Concat", *map(size_of, missing), axis=0)
   return Tensor(graph.add("Expand", graph.plain(x), sizes), as_is(len(shape)))
 
@@ -286,7 +308,7 @@ def static_slice(graph, eqn, x):
   every = zip(range(len(have)), eqn.params["start_indices"], ends, steps, strict=True)
   cuts = [(axis, *cut) for axis, *cut in every if cut != [0, have[axis], 1]]
   if not static(*(end for _, _, end, _ in cuts)):
-    raise cannot(eqn)
+    raise unsupported(eqn)
   return sliced(graph, x, *zip(*cuts, strict=True)) if cuts else x
 
 
@@ -302,20 +324,20 @@ def reverse(graph, eqn, x):
 
 
 def gather(graph, eqn, x, index):
-  """Rows of tables, and what indexing like NumPy's becomes where the batch size is symbolic."""
+  """Rows of a table, and the gathers that NumPy-style indexing becomes when the batch size is symbolic."""
   numbers, sizes, have = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
   axes, kept = numbers.start_index_map, numbers.offset_dims
   rest = tuple(axis for axis in range(len(have)) if axis not in axes)
-  usual = not numbers.operand_batching_dims and eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP
-  if not usual or any(sizes[axis] != have[axis] for axis in rest):
-    raise cannot(eqn)
-  if isinstance(index, Constant) and index.array.ndim == 1:  # one and the same slice of every sample
+  simple = not numbers.operand_batching_dims and eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP
+  if not simple or any(sizes[axis] != have[axis] for axis in rest):
+    raise unsupported(eqn)
+  if isinstance(index, Constant) and index.array.ndim == 1:  # the same slice of every sample
     starts = index.array.tolist()
     ends = [start + sizes[axis] for start, axis in zip(starts, axes, strict=True)]
     x = sliced(graph, x, axes, starts, ends, [1] * len(axes))
     return reshape(graph, eqn, x) if numbers.collapsed_slice_dims else x
   if tuple(sorted(axes)) != tuple(numbers.collapsed_slice_dims):
-    raise cannot(eqn)
+    raise unsupported(eqn)
   index = graph.add("Cast", graph.plain(index), to=element_type(np.int64))
   leading = tuple(axis for axis in range(eqn.outvars[0].aval.ndim) if axis not in kept)
   return Tensor(graph.add("GatherND", graph.stored(x, (*axes, *rest)), index), (*leading, *kept))
@@ -330,11 +352,13 @@ def concatenate(graph, eqn, *parts):
 def pad(graph, eqn, x, value):
   before, after, between = zip(*(eqn.params["padding_config"][axis] for axis in x.order), strict=True)
   if any(between):
-    raise cannot(eqn)
+    raise unsupported(eqn)
   return Tensor(graph.add("Pad", x.name, graph.integers([*before, *after]), graph.plain(value)), x.order)
 
 
-def reduction(op):
+def reduction(op: str) -> Callable:
+  """A rule that reduces some axes by an ONNX operator."""
+
   def rule(graph, eqn, x):
     gone = eqn.params["axes"]
     left = [axis for axis in x.order if axis not in gone]
@@ -345,12 +369,12 @@ def reduction(op):
 
 
 def pool(graph, eqn, op, x, **attributes):
-  """Pooling of (N, ..., K) over what lies between."""
+  """Pooling of (N, ..., K) over the axes between the first and the last."""
   p, order = eqn.params, (0, len(x.order) - 1, *range(1, len(x.order) - 1))
   windows, strides, padding = ([p[k][a] for a in order] for k in ("window_dimensions", "window_strides", "padding"))
   dilated = any(d != 1 for d in (*p["base_dilation"], *p["window_dilation"]))
   if dilated or windows[:2] != [1, 1] or strides[:2] != [1, 1] or any(map(any, padding[:2])):
-    raise cannot(eqn)
+    raise unsupported(eqn)
   before, after = zip(*padding[2:], strict=True)
   how = {"kernel_shape": windows[2:], "strides": strides[2:], "pads": [*before, *after], **attributes}
   return Tensor(graph.add(op, graph.stored(x, order), **how), order)
@@ -366,7 +390,7 @@ def sum_pool(graph, eqn, x):
 
 
 def convolution(graph, eqn, x, w):
-  """A convolution; of a dilated input a transposed one, whose kernel ONNX turns by 180 degrees."""
+  """A convolution; with a dilated input it is a ConvTranspose, for which ONNX rotates the kernel by 180 degrees."""
   p, layout = eqn.params, eqn.params["dimension_numbers"]
   x, plain_input = graph.stored(x, layout.lhs_spec), all(d == 1 for d in p["lhs_dilation"])
   before, after = zip(*p["padding"], strict=True)
@@ -374,14 +398,14 @@ def convolution(graph, eqn, x, w):
     how = {"strides": p["window_strides"], "pads": [*before, *after], "group": p["feature_group_count"]}
     name = graph.add("Conv", x, graph.stored(w, layout.rhs_spec), dilations=p["rhs_dilation"], **how)
     return Tensor(name, layout.out_spec)
-  outof, into, *spatial = layout.rhs_spec
+  out_axis, in_axis, *spatial = layout.rhs_spec
   reach = [d * (eqn.invars[1].aval.shape[axis] - 1) for d, axis in zip(p["rhs_dilation"], spatial, strict=True)]
   pads = [r - given for side in (before, after) for r, given in zip(reach, side, strict=True)]
   groups = max(p["feature_group_count"], p["batch_group_count"])
   if groups > 1 or any(s != 1 for s in p["window_strides"]) or min(pads) < 0 or isinstance(w, Tensor):
-    raise cannot(eqn)
-  turned = graph.constant(np.flip(w.array, spatial).transpose(into, outof, *spatial), w.name)
-  name = graph.add("ConvTranspose", x, turned, strides=p["lhs_dilation"], pads=pads, dilations=p["rhs_dilation"])
+    raise unsupported(eqn)
+  rotated = graph.constant(np.flip(w.array, spatial).transpose(in_axis, out_axis, *spatial), w.name)
+  name = graph.add("ConvTranspose", x, rotated, strides=p["lhs_dilation"], pads=pads, dilations=p["rhs_dilation"])
   return Tensor(name, layout.out_spec)
 
 
@@ -392,8 +416,8 @@ def dot_general(graph, eqn, x, y):
     return Tensor(graph.add("MatMul", x, y), order)
   letters = iter("abcdefghijklmnopqrstuvwxyz")
   of_x = [next(letters) for _ in range(ndims[0])]
-  met = dict(zip((*along_y, *over_y), (of_x[axis] for axis in (*along_x, *over_x)), strict=True))
-  of_y = [met[axis] if axis in met else next(letters) for axis in range(ndims[1])]
+  common = dict(zip((*along_y, *over_y), (of_x[axis] for axis in (*along_x, *over_x)), strict=True))
+  of_y = [common[axis] if axis in common else next(letters) for axis in range(ndims[1])]
   shared = [of_x[axis] for axis in along_x]
   free = [letter for letter in of_x + of_y if (letter in of_x) != (letter in of_y)]
   return Tensor(graph.add("Einsum", x, y, equation=f"{''.join(of_x)},{''.join(of_y)}->{''.join(shared + free)}"), order)
@@ -418,6 +442,7 @@ RULES = {
   "logistic": elementwise("Sigmoid"),
   "lt": elementwise("Less"),
   "max": maximum,
+  "name": same,
   "ne": elementwise("Equal", "Not"),
   "pad": pad,
   "reduce_max": reduction("ReduceMax"),

@@ -1,10 +1,11 @@
-"""PyTorch state dicts into this package's variables and back, strictly: every key used once, every shape equal.
+"""Maps PyTorch state dicts to this package's variables and back, strictly: every key used once, every shape equal.
 
-The mapping is driven by the network's own tree: each leaf names the one PyTorch key that fills it.
+The mapping walks the net's tree of variables; each leaf corresponds to exactly one PyTorch key.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,33 +16,34 @@ NAMED_AT_MOST = 20  # keys of one kind in a refusal
 
 
 class Naming(NamedTuple):
-  """How a PyTorch family calls and stores what our nets hold.
+  """The names and layouts that a PyTorch family uses for the variables of our nets.
 
   Attributes:
-    modules: rows (pattern, replacement): module path of a leaf, joined by "/", -> PyTorch module. First match counts.
-    layouts: module path -> `Layout`, where the arrays are stored in another order than PyTorch's usual one.
+    modules: rows (pattern, replacement) from the module path of a leaf, joined by "/", to a PyTorch module; the first
+      match counts, and a replacement is a template or a function of the match.
+    layouts: module path -> `Layout`, for arrays that differ from PyTorch's usual layout.
   """
 
-  modules: tuple
-  layouts: dict = {}
+  modules: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+  layouts: dict[str, "Layout"] = {}
 
 
 class Layout(NamedTuple):
-  """(leaf name, array, channels of the generator's first map) -> array; `to_torch` undoes `to_jax` bit for bit."""
+  """Two functions (leaf name, array, channels of a generator's first map) -> array; `to_torch` inverts `to_jax`."""
 
-  to_jax: callable
-  to_torch: callable
+  to_jax: Callable[[str, np.ndarray, int], np.ndarray]
+  to_torch: Callable[[str, np.ndarray, int], np.ndarray]
 
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 TABLES = {"scale": "weights.weight", "bias": "biases.weight"}  # of a categorical batch norm
 
 
-def from_torch(naming, state_dict, like):
-  """Variables of a net from a PyTorch state dict of NumPy arrays.
+def from_torch(naming: Naming, state_dict: dict[str, np.ndarray], like: dict[str, Any]) -> dict[str, Any]:
+  """Variables of a net from a PyTorch state dict; `like` is {"params", "batch_stats"} of arrays or shapes.
 
-  `like` is {"params", "batch_stats"} of arrays or shapes. Raises a Refusal listing missing, unexpected and misshapen
-  keys.
+  Raises:
+    Refusal: keys are missing, unexpected or of another shape; they are listed.
   """
   unused = {key for key in state_dict if not key.endswith("num_batches_tracked")}
   width, missing, misshapen = _first_width(like), [], []
@@ -57,19 +59,20 @@ def from_torch(naming, state_dict, like):
     array = np.asarray(state_dict[key])
     expected = layout.to_torch(leaf, np.broadcast_to(0.0, want.shape), width).shape
     if array.shape != expected:
-      misshapen.append(f"{key} {array.shape}, not {expected}")
+      misshapen.append(f"{key} {array.shape}, expected {expected}")
       return want
     return layout.to_jax(leaf, array, width)
 
   variables = jax.tree_util.tree_map_with_path(fill, like)
   if missing or unused or misshapen:
-    parts = (("missing", missing), ("unexpected", sorted(unused)), ("of another shape", misshapen))
-    raise Refusal("the PyTorch weights do not fit: " + "; ".join(f"{k}: {_named(v)}" for k, v in parts if v) + ".")
+    parts = (("missing", missing), ("unexpected", sorted(unused)), ("wrong shape", misshapen))
+    listed = "; ".join(f"{kind}: {_named(keys)}" for kind, keys in parts if keys)
+    raise Refusal(f"the PyTorch weights do not fit: {listed}.")
   return variables
 
 
-def to_torch(naming, variables):
-  """{PyTorch key: NumPy array} of a net's variables; `load_state_dict` takes it with strict=True."""
+def to_torch(naming: Naming, variables: dict[str, Any]) -> dict[str, np.ndarray]:
+  """{PyTorch key: array} of a net's variables; load_state_dict accepts it with strict=True."""
   width, state_dict = _first_width(variables), {}
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     module, leaf = _split(path)
@@ -87,7 +90,7 @@ def _split(path):
 
 
 def _torch_key(naming, module, leaf, ndim):
-  if module.startswith("net/"):  # what a feature head wraps
+  if module.startswith("net/"):  # the net inside a feature head
     return "model." + _torch_key(naming, module.removeprefix("net/"), leaf, ndim)
   for pattern, replacement in (*naming.modules, (r"head_(\d)", r"head.\1"), (r"\w+", lambda m: m[0])):
     match = re.fullmatch(pattern, module)
@@ -121,7 +124,7 @@ def _plain_to_torch(leaf, array, _):
 
 
 def _rows_to_jax(leaf, array, width):
-  """Reorders the outputs of a linear layer whose result PyTorch reads as (K, side, side) and we as (side, side, K)."""
+  """Reorders the outputs of a linear layer that PyTorch reshapes to (K, side, side) and we to (side, side, K)."""
   side = int((array.shape[0] // width) ** 0.5)
   rows = array.reshape(width, side, side, -1).transpose(1, 2, 0, 3)
   return _plain_to_jax(leaf, rows.reshape(array.shape), width)
@@ -135,7 +138,7 @@ def _rows_to_torch(leaf, array, width):
 
 PLAIN = Layout(_plain_to_jax, _plain_to_torch)
 ROWS = Layout(_rows_to_jax, _rows_to_torch)
-# PyTorch stores (in, out, h, w) and turns the kernel by 180 degrees.
+# PyTorch stores (in, out, h, w) and rotates the kernel by 180 degrees.
 TRANSPOSED = Layout(
   lambda leaf, array, _: array[:, :, ::-1, ::-1].transpose(2, 3, 0, 1),
   lambda leaf, array, _: array.transpose(2, 3, 0, 1)[:, :, ::-1, ::-1],

@@ -1,0 +1,204 @@
+"""Exports a net of a finished run: its weights for PyTorch, or the whole network for other runtimes.
+
+    cpsc-jax export WORKDIR --format onnx --out student.onnx
+
+The written file is read back and compared with the JAX net; if they differ, nothing is left on disk.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors
+
+from cpsc_jax import checkpoint, nets, saved
+from cpsc_jax.command import Flags, run_command
+from cpsc_jax.errors import Refusal
+from cpsc_jax.interop import convert
+from cpsc_jax.progress import say
+
+TOLERANCE = 1e-4  # of the largest output
+BATCHES = (1, 2, 7)
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(workdir: str | pathlib.Path, which: str | None, name: str, out: str | pathlib.Path) -> float:
+  """`export_net` for a net of the finished run in `workdir`, one of `saved.WHICH`; None means the student."""
+  return export_net(saved.load(saved.find(workdir, which)), name, out)
+
+
+def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float:
+  """Writes a net to the new file `out` in the format called `name`, compares the two and prints the result.
+
+  Returns:
+    The largest absolute difference between the file's outputs and the JAX net's on random inputs, as a fraction of the
+    largest output; 0 for weights, which must be bit-identical.
+
+  Raises:
+    Refusal: a missing package, an `out` that cannot be written, a net that cannot be written in this format, or a file
+      that differs from the net. Nothing is left on disk then.
+  """
+  form = FORMATS[name]
+  missing = [package for package in form.packages if not importlib.util.find_spec(package)]
+  if missing:
+    raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install 'cpsc_jax[{form.extra}]'")
+  # On the CPU: accelerators may round float32 products to fewer bits, a difference that is not the file's.
+  with saved.new_file(out) as scratch, jax.default_device(jax.local_devices(backend="cpu")[0]):
+    net = net._replace(variables=jax.tree.map(jnp.asarray, jax.device_get(net.variables)))
+    difference = form.write(scratch, net)
+    if not difference <= TOLERANCE:
+      raise Refusal(
+        f"the {name} file differs from the net by {difference:.1e} of its largest output, more than {TOLERANCE:.0e};"
+        " nothing was written. Try another --format."
+      )
+  compared = f"outputs differ from the JAX net's by at most {difference:.1e} of the largest output"
+  if name in WEIGHTS:
+    compared = "weights bit-identical to the JAX net's"
+  say(f"{out}: {net.card['net']}, {nets.count_parameters(net.variables['params']):,} parameters; {compared}")
+  say(f"images are (pixels / 255 - mean) / std with mean {net.card['mean']} and std {net.card['std']}")
+  return difference
+
+
+def write_torch(path: pathlib.Path, net: saved.SavedNet) -> float:
+  """A PyTorch state dict, as torch.save writes it; returns 0, or infinity if it reads back differently."""
+  import torch
+
+  state_dict = convert.to_torch(net.card["net"], net.variables)
+  torch.save({key: torch.from_numpy(array.copy()) for key, array in state_dict.items()}, path)
+  back = torch.load(path, weights_only=True)
+  return weights_differ(net, {key: tensor.numpy() for key, tensor in back.items()})
+
+
+def write_safetensors(path: pathlib.Path, net: saved.SavedNet) -> float:
+  """The same state dict as safetensors, with `metadata`; returns 0, or infinity if it reads back differently."""
+  state_dict = convert.to_torch(net.card["net"], net.variables)
+  contiguous = {key: np.ascontiguousarray(array).reshape(array.shape) for key, array in state_dict.items()}
+  path.write_bytes(safetensors.save(contiguous, metadata(net.card)))
+  return weights_differ(net, safetensors.load(path.read_bytes()))
+
+
+def write_onnx(path: pathlib.Path, net: saved.SavedNet) -> float:
+  """An ONNX model for any batch size, images (N, K, H, W); returns its `largest_difference` in onnxruntime."""
+  import onnx
+  import onnxruntime
+
+  from cpsc_jax.interop import onnx_graph
+
+  inputs, output, call = signature(net)
+  model = onnx_graph.build(call, net.variables, inputs, output, metadata(net.card))
+  onnx.save(model, path)
+  session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+  def run(*arrays):
+    channels_first = [x.transpose(0, 3, 1, 2) if x.ndim == 4 else x for x in arrays]
+    (result,) = session.run([output], dict(zip(inputs, channels_first, strict=True)))
+    return result.transpose(0, 2, 3, 1) if result.ndim == 4 else result
+
+  return largest_difference(net, run)
+
+
+def write_stablehlo(path: pathlib.Path, net: saved.SavedNet) -> float:
+  """What jax.export serialises, for any batch size and PLATFORMS; returns its `largest_difference`."""
+  inputs, _, call = signature(net)
+  (batch,) = jax.export.symbolic_shape("batch")
+  specs = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in inputs.values()]
+  exported = jax.export.export(jax.jit(lambda *arrays: call(net.variables, *arrays)), platforms=PLATFORMS)(*specs)
+  path.write_bytes(exported.serialize())
+  return largest_difference(net, jax.export.deserialize(path.read_bytes()).call)
+
+
+class Format(NamedTuple):
+  """A file format.
+
+  Attributes:
+    packages: that it needs.
+    extra: of pyproject.toml, which installs them.
+    write: (path, net) -> the difference that `export_net` returns.
+  """
+
+  packages: tuple[str, ...]
+  extra: str
+  write: Callable[[pathlib.Path, saved.SavedNet], float]
+
+
+FORMATS = {
+  "torch": Format(("torch",), "torch", write_torch),
+  "safetensors": Format((), "", write_safetensors),
+  "onnx": Format(("onnx", "onnxruntime"), "onnx", write_onnx),
+  "stablehlo": Format(("flatbuffers",), "stablehlo", write_stablehlo),
+}
+WEIGHTS = ("torch", "safetensors")
+SUFFIXES = {".pth": "torch", ".pt": "torch", **{f".{name}": name for name in FORMATS if name != "torch"}}
+
+
+def format_of(out: str | pathlib.Path) -> str:
+  """The format that the suffix of a file name stands for; raises a Refusal if it stands for none."""
+  suffix = pathlib.Path(out).suffix
+  if suffix not in SUFFIXES:
+    raise Refusal(f"cannot tell the format of {out}; end the name in {', '.join(SUFFIXES)}, or give --format.")
+  return SUFFIXES[suffix]
+
+
+def signature(net: saved.SavedNet) -> tuple[dict[str, tuple[tuple[int, ...], Any]], str, Callable]:
+  """({name: (shape of one sample, dtype)} of the inputs, name of the output, (variables, *inputs) -> output)."""
+  card = net.card
+
+  def images(variables, z, labels):
+    return net.net.apply(variables, z, labels, train=False)
+
+  def logits(variables, x):
+    return net.net.apply(variables, x, train=False).logits
+
+  if net.is_generator:
+    return {"latent": ((card["latent_dim"],), np.float32), "labels": ((), np.int32)}, "images", images
+  shape = (card["image_size"], card["image_size"], card["channels"])
+  return {"images": (shape, np.float32)}, "logits", logits
+
+
+def metadata(card: dict[str, Any]) -> dict[str, str]:
+  """What a user of the weights has to know; values are JSON except those of "net" and "digest"."""
+  facts = {key: card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
+  facts["class_names"] = saved.class_names(card)
+  return {"net": card["net"], "digest": card["digest"], **{key: json.dumps(value) for key, value in facts.items()}}
+
+
+def weights_differ(net: saved.SavedNet, state_dict: dict[str, np.ndarray]) -> float:
+  """0.0 if a state dict read back from a file equals the net's variables bit for bit, else infinity."""
+  back = convert.from_torch(net.card["net"], state_dict, net.variables)
+  return 0.0 if checkpoint.digest(back) == net.card["digest"] else float("inf")
+
+
+def largest_difference(net: saved.SavedNet, run: Callable[..., Any]) -> float:
+  """Largest |run(*inputs) - net(*inputs)| over batches of sizes BATCHES, divided by the net's largest |output|."""
+  inputs, _, call = signature(net)
+  random, size, classes = np.random.default_rng(0), max(BATCHES), net.card["num_classes"]
+  arrays = [
+    random.standard_normal((size, *shape), dtype) if shape else random.integers(classes, size=size, dtype=dtype)
+    for shape, dtype in inputs.values()
+  ]
+  ours = np.asarray(jax.jit(call)(net.variables, *arrays))
+  theirs = [np.asarray(run(*(a[:n] for a in arrays))) for n in BATCHES]
+  if any(t.shape != ours[:n].shape for n, t in zip(BATCHES, theirs, strict=True)):
+    return float("inf")
+  differences = [np.max(np.abs(t - ours[:n])) for n, t in zip(BATCHES, theirs, strict=True)]
+  return float(np.max(differences) / np.max(np.abs(ours)))  # a NaN stays one, and is refused
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Parses flags and exports; returns the exit code."""
+  flags = Flags(prog="cpsc-jax export", description=__doc__.split("\n")[0])
+  flags.add_argument("workdir", help="folder of a finished run, or a folder that contains a single saved net")
+  flags.add_argument("--format", choices=tuple(FORMATS), help="default: what the suffix of --out stands for")
+  flags.add_argument("--out", required=True, help="the file to write; it must not exist yet")
+  flags.add_argument("--which", choices=saved.WHICH, help="which net of the run (default: student)")
+  return run_command(lambda a: export(a.workdir, a.which, a.format or format_of(a.out), a.out), flags, argv)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

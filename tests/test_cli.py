@@ -1,0 +1,120 @@
+"""The command line: dispatch to the commands, and configs by name from any folder."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import REPOSITORY
+
+from cpsc_jax import main as run
+from cpsc_jax.__main__ import COMMANDS, main
+from cpsc_jax.errors import Refusal
+
+DIGITS = REPOSITORY / "configs" / "digits.py"
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_usage_is_printed_without_importing_jax(argv):
+  code = f"import sys; from cpsc_jax.__main__ import main; assert main({argv}) == 0; assert 'jax' not in sys.modules"
+  usage = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+  assert "cpsc-jax --config" in usage
+  assert all(f"cpsc-jax {command} " in usage for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_flags(command, capsys):
+  with pytest.raises(SystemExit) as ended:
+    main([command, "--help"])
+  assert ended.value.code in (0, None)
+  assert capsys.readouterr().out.startswith(f"usage: cpsc-jax {command} ")
+
+
+def test_exit_codes_and_messages_of_commands_are_passed_on(tmp_path, capsys):
+  for argv, message in (
+    (["convert", str(tmp_path / "none.pth"), "--out", str(tmp_path / "out")], "no file"),
+    (["sample", str(tmp_path), "--out", str(tmp_path / "x.png")], "no run and no saved net"),
+    (["export", str(tmp_path)], "--out"),
+    (["--config", "nowhere.py"], "no config file 'nowhere.py'"),
+    (["convrt"], "unknown command 'convrt'; use one of convert, export"),
+  ):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cpsc_jax: ") and error.count("\n") == 1 and message in error, error
+
+
+def test_everything_else_is_a_run(monkeypatch):
+  seen = []
+  monkeypatch.setattr(run, "main", lambda argv: seen.append(argv) or 75)
+  assert main(["--config=digits", "--workdir", "w"]) == 75
+  assert seen == [["cpsc-jax", "--config=digits", "--workdir", "w"]]
+
+
+def test_a_run_explains_its_flags(capsys):
+  with pytest.raises(SystemExit):
+    main(["--config=digits", "--help"])
+  shown = capsys.readouterr().out
+  assert "--workdir" in shown and "--config.KEY=VALUE" in shown and "tiny_imagenet" in shown
+
+
+def test_the_console_script_is_this_main():
+  module, _, name = PYPROJECT["project"]["scripts"]["cpsc-jax"].partition(":")
+  assert getattr(sys.modules[module], name) is main
+
+
+def test_every_package_is_installed():
+  folders = {path.parent for path in (REPOSITORY / "cpsc_jax").rglob("__init__.py")}
+  names = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}
+  assert set(PYPROJECT["tool"]["setuptools"]["packages"]) - {"cpsc_jax.configs"} == names
+
+
+@pytest.mark.parametrize("flags", [["--config=digits:smoke"], ["--config", "digits:smoke"]])
+def test_ready_configs_by_name(flags, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  by_path, _ = run.parse(["main", f"--config={DIGITS}:smoke", "--config.seed=3"])
+  by_name, workdir = run.parse(["main", *flags, "--config.seed=3"])
+  assert by_name.to_dict() == by_path.to_dict() and by_name.seed == 3
+  assert str(workdir) == "runs/digits_smoke"
+
+
+def test_every_ready_config_is_found(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert {"digits", "cifar10", "tiny_imagenet", "default"} <= set(run.ready_configs())
+  for name, file in run.ready_configs().items():
+    config, _ = run.parse(["main", f"--config={name}"])
+    assert config.name and run.config_file([f"--config={name}:smoke"]) == file
+
+
+def test_files_of_the_user_are_taken_as_they_are(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("digits.py", "digits"):
+    (tmp_path / name).write_text(DIGITS.read_text().replace('c.name = "digits"', 'c.name = "mine"'))
+    assert run.parse(["main", f"--config={name}"])[0].name == "mine"
+  assert run.config_path("./digits:smoke") == "./digits:smoke"
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--config=digit"], "no config 'digit'; give one of the ready configs (cifar10, cifar100"),
+    (["--config=no/digits"], "no config file 'no/digits'"),
+    ([], "--config is required, such as --config digits"),
+    (["--config"], "--config is required"),
+    (["--config="], "--config is required"),
+    (["--config.seed=1"], "--config is required"),
+    (["--config=digits", "run"], "unexpected argument 'run'"),
+    (["--config=digits", "--wrkdir=w"], "unknown flag --wrkdir"),
+    (["--config=digits", "--config.sed=1"], "the config has no key 'sed' (did you mean 'seed'?)"),
+    (["--config=digits", "--config.teacher.nett=x"], "the config has no key 'teacher.nett' (did you mean 'net'?)"),
+    (["--config=digits", "--config.techer.net=x"], "the config has no key 'techer.net'"),
+    (["--config=digits", "--config.seed.a=1"], "the config has no key 'seed.a'"),
+    (["--config=digits", "--config.seed=one"], "--config.seed=one"),
+    (["--config=digits:quick"], "no variant 'quick'"),
+    (["--config=digits", "--workdir=gs://bucket/run"], "--workdir must be a folder, got the address gs://bucket/run"),
+  ],
+)
+def test_bad_flags_are_refused(flags, message):
+  with pytest.raises(Refusal) as refused:
+    run.parse(["main", *flags])
+  assert message in str(refused.value) and "\n" not in str(refused.value)
