@@ -1,13 +1,13 @@
-"""What is meant for the user's eyes."""
+"""Errors whose message is for the user."""
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: launchers run the same command again
 
 
 class Refusal(Exception):
-  """Input or state that the program will not work with.
+  """Input or state that the program does not accept.
 
-  The message is one sentence that names the thing and the mend; `main` prints it without a traceback and
-  exits with `exit_code`.
+  The message is one sentence: what is wrong, what was expected, how to mend it. Commands print it without a traceback
+  and exit with `exit_code`.
   """
 
   exit_code = 2
@@ -20,11 +20,11 @@ class NonFiniteLoss(Refusal):
 
 
 class Preempted(Refusal):
-  """Told to stop; everything up to the named epoch is saved."""
+  """SIGTERM ended a training; the message names the epoch that is saved."""
 
   exit_code = RESUME
 
 
-def first_line(error):
-  """An exception in one line: its type and what it says first."""
+def first_line(error: BaseException) -> str:
+  """An exception in one line: its type and the first line of its text."""
   return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

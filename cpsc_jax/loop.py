@@ -1,8 +1,10 @@
 """The one training loop: teachers, control arms and distillations all run through `train`."""
 
+import contextlib
 import dataclasses
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,136 +16,229 @@ from cpsc_jax.checkpoint import Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted
 from cpsc_jax.events import Events
 from cpsc_jax.mesh import any_process, is_primary, make_mesh, replicate
-from cpsc_jax.progress import Steps, say
+from cpsc_jax.progress import Steps, say, working
+from cpsc_jax.state import Losses
+
+Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A training, laid out: what one epoch does, what is measured after it, how often things are kept.
+  """What one training does: its epoch, what is measured, how often it is saved.
 
   Attributes:
-    title: names it in progress lines and messages.
-    epoch: state -> (state, terms); a compiled program that may consume its argument; terms are a tree of {name: array}
-      whose first axes are the steps of the epoch, in order.
-    measure: state -> {name: scalar} with at least "accuracy"; compiled, and run after every `measure_every` epochs.
+    title: its name in progress lines and messages.
+    epoch: state -> (state, {player: losses}); a jitted function that may donate its argument. The arrays of the losses
+      have shape (iterations, steps of the player), or size 0 for a player that took no step.
+    measure: state -> {name: scalar} with at least "accuracy"; jitted.
     variables: state -> what is kept of the best epoch.
-    save_every, save_minutes: a checkpoint is written after every so many epochs, and whenever the last one has been
-      under way for so many minutes.
+    epochs: how many there are in all.
+    measure_every: `measure` runs after every so many epochs, and after the last one.
+    save_every, save_minutes: a checkpoint is written after every so many epochs, and at the end of an epoch during
+      which the last one has become so many minutes old.
+    workdir: holds checkpoints/ and events/; None: nothing is written, nothing can be resumed, and SIGTERM ends the
+      program as usual.
+    on_epoch: is called with every new entry of the history, on every process.
   """
 
   title: str
-  epoch: Callable
-  measure: Callable
-  variables: Callable
+  epoch: Callable[[Tree], tuple[Tree, dict[str, Losses]]]
+  measure: Callable[[Tree], dict[str, jax.Array]]
+  variables: Callable[[Tree], Tree]
   epochs: int
   measure_every: int
   save_every: int
   save_minutes: float
-  workdir: Any
+  workdir: pathlib.Path | None
+  on_epoch: Callable[[dict], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Where a training ended: its last state, the variables of its best epoch, a record per epoch, seconds worked."""
+  """What a training ended with.
 
-  state: Any
+  Attributes:
+    state: after the last epoch.
+    best_epoch: the first of those with the highest accuracy.
+    best_variables: plan.variables after it.
+    history: one entry per epoch, {"epoch": 1, "terms": {"generator/ce": 0.1, ...}, "totals": {"generator": 1.2, ...}}:
+      means over the epoch of the unweighted terms and of their weighted sums; measured epochs have the scores as well.
+    seconds: how long it took, over all processes that it was resumed by.
+    earlier_seconds: those of them before this process resumed it.
+  """
+
+  state: Tree
   best_epoch: int
-  best_variables: Any
+  best_variables: Tree
   history: list[dict]
   seconds: float
+  earlier_seconds: float
 
 
-def train(plan, state):
-  """Runs or resumes `plan` from `state` under plan.workdir/checkpoints and returns its Outcome.
+def train(plan: Plan, state: Tree) -> Outcome:
+  """Runs `plan` from `state`, or resumes it from the last checkpoint under plan.workdir/checkpoints.
 
   The host reads an epoch's numbers only after the next epoch is under way. A checkpoint holds the state, the best
-  epoch's variables and the whole history, so that a run resumed from it goes on as if it had never stopped. `state`
-  is on all devices.
+  epoch's variables and the whole history, so that a resumed run is bit-identical to one without interruption.
+
+  Args:
+    plan: what to do.
+    state: the initial state, on all devices; also the structure of what is restored.
 
   Raises:
     NonFiniteLoss: names the term and the step; the last checkpoint before it is kept.
-    Preempted: SIGTERM came to any process; the epochs done are saved.
+    Preempted: SIGTERM reached one of the processes; the epochs done are saved.
   """
-  started = saved = time.monotonic()
-  checkpointer = Checkpointer(plan.workdir / "checkpoints")
+  started = last_save = time.monotonic()
   best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0)}
   best = {**replicate(best, make_mesh()), "variables": jax.tree.map(jnp.copy, plan.variables(state))}
-  restored = checkpointer.restore({"state": state, "best": best})
-  history, seconds = [], 0.0
-  if restored:
-    tree, record = restored
-    state, best, history, seconds = tree["state"], tree["best"], record["history"], record["seconds"]
-    say(f"{plan.title}: resuming after epoch {len(history)} of {plan.epochs}")
-  events = Events(plan.workdir / "events", len(history) + 1) if is_primary() else None
-  worked = lambda: seconds + time.monotonic() - started
-  unread = None
+  history, earlier_seconds = [], 0.0
 
-  try:
-    with Steps(plan.title, plan.epochs, len(history)) as progress, stop.deferred_sigterm() as told_to_stop:
-
-      def read():
-        """Waits for the epoch under way and enters it into the history; returns what was wished for in it."""
-        epoch, terms, scores, wishes = unread
-        terms = jax.device_get(terms)
-        check_finite(plan, epoch, terms)
-        means = {name: float(np.mean(values)) for name, values in named(terms)}
-        entry = {"epoch": epoch, "terms": means, **{k: float(v) for k, v in (scores or {}).items()}}
-        history.append(entry)
-        if events:
-          events.add(epoch, {**means, **{k: entry[k] for k in scores or {}}})
-        progress.advance(
-          " ".join(f"{k} {entry[k]:.4f}" for k in scores or {}) or f"loss {means[last_total(means)]:.4f}"
-        )
-        return [bool(wish) for wish in wishes]
-
+  with _checkpoints(plan) as checkpointer:
+    restored = checkpointer and _restore(plan, checkpointer, {"state": state, "best": best})
+    if restored:
+      tree, record = restored
+      state, best, history, earlier_seconds = tree["state"], tree["best"], record["history"], record["seconds"]
+    with Steps(plan.title, plan.epochs, len(history)) as progress, _deferred_sigterm(plan) as sigterm_arrived:
+      log = _Log(plan, history, progress)
+      unread = None
       for epoch in range(len(history) + 1, plan.epochs + 1):
-        state, terms = plan.epoch(state)
-        scores = None
-        if epoch % plan.measure_every == 0 or epoch == plan.epochs:
-          scores = plan.measure(state)
+        last = epoch == plan.epochs
+        with progress.calling(plan.epoch):
+          state, losses = plan.epoch(state)
+        scores = {}
+        if last or epoch % plan.measure_every == 0:
+          with progress.calling(plan.measure):
+            scores = plan.measure(state)
           best = _better(best, scores["accuracy"], epoch, plan.variables(state))
-        stopping, due = read() if unread else (False, False)
-        # Any process may wish; all learn of it with the epoch's numbers, and so act after the same epoch.
-        overdue = time.monotonic() - saved >= 60 * plan.save_minutes
-        unread = (epoch, terms, scores, (any_process(told_to_stop()), any_process(overdue)))
-        if epoch % plan.save_every == 0 or epoch == plan.epochs or due or stopping:
-          stopping = read()[0] or stopping
+
+        stopping, overdue = log.read(unread) if unread else (False, False)
+        # What one process asks for reaches all with the epoch's numbers, so that all act after the same epoch.
+        minutes = (time.monotonic() - last_save) / 60
+        unread = _Unread(
+          epoch, losses, scores, any_process(sigterm_arrived()), any_process(minutes >= plan.save_minutes)
+        )
+        saving = checkpointer and (last or stopping or overdue or epoch % plan.save_every == 0)
+        if saving or last:
+          stopping = log.read(unread)[0] or stopping
           unread = None
-          saved = time.monotonic()
-          checkpointer.save(epoch, {"state": state, "best": best}, {"history": list(history), "seconds": worked()})
-        if stopping or (epoch == plan.epochs and any_process(told_to_stop())):
-          raise Preempted(f"{plan.title}: told to stop; epoch {epoch} is saved, and the same command resumes after it.")
-  finally:
-    checkpointer.close()  # what was started is finished, whatever ended the loop
-  return Outcome(state, int(best["epoch"]), best["variables"], history, worked())
+        if saving:
+          last_save = time.monotonic()
+          record = {"history": list(history), "seconds": earlier_seconds + last_save - started}
+          with working(f"{plan.title}: saving epoch {epoch}"):
+            checkpointer.save(epoch, {"state": state, "best": best}, record)
+        if stopping or (last and any_process(sigterm_arrived())):
+          raise Preempted(
+            f"{plan.title}: stopped by SIGTERM; epoch {epoch} is saved, and the same command resumes after it."
+          )
+  seconds = earlier_seconds + time.monotonic() - started
+  return Outcome(state, int(best["epoch"]), best["variables"], history, seconds, earlier_seconds)
 
 
-def check_finite(plan, epoch, terms):
-  """Raises NonFiniteLoss naming the first step of the epoch, and the terms of it, that are not finite."""
-  bad = {name: np.flatnonzero(~np.isfinite(values).reshape(-1)) for name, values in named(terms)}
-  bad = {name: steps[0] for name, steps in bad.items() if steps.size}
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+  """An epoch that may still be running: its numbers are on the devices, and reading one waits for it.
+
+  Attributes:
+    epoch: which it is.
+    losses, scores: as plan.epoch and plan.measure return them; no scores where nothing was measured.
+    stop, save: whether any process asks to stop, or for a checkpoint.
+  """
+
+  epoch: int
+  losses: dict[str, Losses]
+  scores: dict[str, jax.Array]
+  stop: jax.Array | bool
+  save: jax.Array | bool
+
+
+class _Log:
+  """The history of a training, and what follows it: the event file, the progress shown and plan.on_epoch."""
+
+  def __init__(self, plan: Plan, history: list[dict], progress: Steps):
+    self._plan, self._history, self._progress = plan, history, progress
+    writes = plan.workdir is not None and is_primary()
+    self._events = Events(plan.workdir / "events", len(history) + 1) if writes else None
+
+  def read(self, unread: _Unread) -> tuple[bool, bool]:
+    """Waits for an epoch, appends it to the history, and returns whether to stop and whether to save."""
+    losses, scores = jax.device_get((unread.losses, unread.scores))
+    losses = {player: values for player, values in losses.items() if values.total.size}
+    check_finite(self._plan, unread.epoch, losses)
+    terms = {
+      f"{player}/{name}": float(np.mean(values)) for player, of in losses.items() for name, values in of.terms.items()
+    }
+    totals = {player: float(np.mean(of.total)) for player, of in losses.items()}
+    scores = {name: float(score) for name, score in scores.items()}
+    entry = {"epoch": unread.epoch, "terms": terms, "totals": totals, **scores}
+    self._history.append(entry)
+    if self._events:
+      weighted = {f"{player}/total": total for player, total in totals.items()}
+      self._events.add(unread.epoch, {**terms, **weighted, **scores})
+    shown = scores or {f"{player} loss": total for player, total in totals.items()}
+    self._progress.advance(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()))
+    if self._plan.on_epoch:
+      self._plan.on_epoch(entry)
+    return bool(unread.stop), bool(unread.save)
+
+
+def check_finite(plan: Plan, epoch: int, losses: dict[str, Losses]) -> None:
+  """Raises NonFiniteLoss naming the first iteration of an epoch with a value that is not finite, and its terms.
+
+  Of a player whose terms are all finite there, the weighted total is named.
+
+  Args:
+    plan: for the message.
+    epoch: likewise.
+    losses: {player: losses} on the host, arrays (iterations, steps); none of size 0.
+  """
+  bad = {}  # {name: the first iteration in which it is not finite}
+  for player, of in losses.items():
+    for name, values in {**of.terms, "total": of.total}.items():
+      iterations = np.flatnonzero(~np.isfinite(values).all(axis=1))
+      if iterations.size:
+        bad[player, name] = iterations[0]
   if not bad:
     return
   first = min(bad.values())
-  names = [name for name, step in bad.items() if step == first and not name.endswith("total")]
+  there = [key for key, iteration in bad.items() if iteration == first]
+  blamed = {player for player, name in there if name != "total"}
+  names = [f"{player}/{name}" for player, name in there if name != "total" or player not in blamed]
+  kept = f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'};" if plan.workdir else ""
   raise NonFiniteLoss(
-    f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term {', '.join(names) or 'total'};"
-    f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'}; lower the learning rate or the weight."
+    f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term{'s' * (len(names) > 1)}"
+    f" {', '.join(names)};{kept} lower the learning rate or the weight of the term."
   )
 
 
-def named(terms):
-  """("player/term", values) pairs of a tree of terms; a player who took no step has none."""
-  for path, values in jax.tree_util.tree_leaves_with_path(terms):
-    if values.size:
-      yield "/".join(str(key.key) for key in path), values
+@contextlib.contextmanager
+def _checkpoints(plan: Plan) -> Iterator[Checkpointer | None]:
+  """The plan's checkpoints, None without a workdir. Whatever ends the block, what it began to write is completed."""
+  if plan.workdir is None:
+    yield None
+    return
+  checkpointer = Checkpointer(plan.workdir / "checkpoints")
+  try:
+    yield checkpointer
+  finally:
+    with working(f"{plan.title}: completing the last checkpoint"):
+      checkpointer.close()
 
 
-def last_total(means):
-  return [name for name in means if name.endswith("total")][-1]
+def _restore(plan: Plan, checkpointer: Checkpointer, like: Tree) -> tuple[Tree, dict] | None:
+  with working(f"{plan.title}: reading the last checkpoint"):
+    restored = checkpointer.restore(like)
+  if restored:
+    say(f"{plan.title}: resuming after epoch {len(restored[1]['history'])} of {plan.epochs}")
+  return restored
+
+
+def _deferred_sigterm(plan: Plan) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+  """SIGTERM waits for a checkpoint, if there are any."""
+  return stop.deferred_sigterm() if plan.workdir else contextlib.nullcontext(lambda: False)
 
 
 @jax.jit
-def _better(best, accuracy, epoch, variables):
+def _better(best: Tree, accuracy: jax.Array, epoch: jax.Array | int, variables: Tree) -> Tree:
   new = {"accuracy": accuracy, "epoch": jnp.int32(epoch), "variables": variables}
   return jax.tree.map(lambda old, now: jnp.where(accuracy > best["accuracy"], now, old), best, new)

@@ -1,55 +1,142 @@
-"""Pictures and tables of a finished run, drawn from the files in its working directory alone."""
+"""Pictures and a table of a finished run, made from the files in its working directory.
 
+cpsc-jax report WORKDIR draws curves.png and samples.png again and prints the table.
+"""
+
+import io
+import itertools
 import json
+import os
 import pathlib
+import sys
+import zipfile
+from typing import Any
 
+import matplotlib.axes
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = 12
+from cpsc_jax.command import Flags, run_command
+from cpsc_jax.errors import Refusal, first_line
+
+COLUMNS = 12  # samples in a row of samples.png
+SCORES = ("accuracy", "agreement", "label_fidelity")
+AGAIN = "delete results.json and repeat the command of the run, which makes these files again without training"
+
+# What is read of results.json, {path: type}; GENERATOR only where there is one.
+NUMBER = (int, float)
+RESULTS = {
+  "name": str,
+  "arm": str,
+  "seed": NUMBER,
+  "headline": str,
+  "seconds": NUMBER,
+  "evaluation.split": str,
+  "evaluation.images": NUMBER,
+  "seconds_by_part.teacher": NUMBER,
+  "seconds_by_part.student": NUMBER,
+  "hardware.device": str,
+  "hardware.devices": NUMBER,
+  "teacher.net": str,
+  "teacher.parameters": NUMBER,
+  "teacher.accuracy": NUMBER,
+  "generator": (dict, type(None)),
+  "student.net": str,
+  "student.parameters": NUMBER,
+  **{f"student.{which}.{key}": NUMBER for which in ("last", "best") for key in ("epoch", "accuracy", "agreement")},
+}
+GENERATOR = {
+  "generator.net": str,
+  "generator.parameters": NUMBER,
+  "generator.label_fidelity": (*NUMBER, type(None)),
+  "generator.label_fidelity_per_class": (list, type(None)),
+}
 
 
-def draw(workdir, results):
-  """Writes curves.png and, where there is a generator, samples.png into `workdir`.
+def report(workdir: str | pathlib.Path) -> list[pathlib.Path]:
+  """Draws the pictures of a finished run again, prints its table, and returns the pictures' paths.
+
+  Raises:
+    Refusal: no run, an unfinished one, files that are damaged, or a folder that cannot be written to.
+  """
+  results = read_results(workdir)
+  try:
+    pictures = draw(workdir, results)
+  except OSError as error:
+    raise Refusal(f"cannot write to {workdir} ({error.strerror or error}); make it writable.") from error
+  print_table(results)
+  return pictures
+
+
+def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
+  """results.json of a finished run, with everything that this module needs of it.
+
+  Raises:
+    Refusal: no run, an unfinished one, or a file that is damaged.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / "config.json").exists():
+    raise Refusal(f"no run in {workdir}; give the --workdir of a finished run.")
+  path = workdir / "results.json"
+  if not path.exists():
+    raise Refusal(
+      f"the run in {workdir} is not finished; repeat its command with --workdir {workdir}, which resumes it."
+    )
+  results = _read_json(path)
+  _check(path, results, RESULTS)
+  if results["generator"]:
+    _check(path, results, GENERATOR)
+  return results
+
+
+def draw(workdir: str | pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
+  """Writes curves.png and, where there is a generator, samples.png into `workdir`; returns their paths.
 
   Reads history.json and samples.npz (images (C, n, H, W, K) in [0, 1]) there.
+
+  Raises:
+    Refusal: one of these is missing or damaged.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
   workdir = pathlib.Path(workdir)
-  draw_curves(workdir / "curves.png", json.loads((workdir / "history.json").read_text()), results)
-  if results["generator"]:
-    fidelity = results["generator"]["label_fidelity_per_class"]
-    kind = "samples of the pool" if "pool" in results["generator"] else "fresh samples"
-    told = "row: class and label fidelity" if fidelity else "the generator knows no classes"
-    title = f"{results['name']}, {results['arm']}, seed {results['seed']}: {kind}\n{told}"
-    with np.load(workdir / "samples.npz") as samples:
-      images = samples["images"]
-      rows = [f"{c}   {f:.2f}" for c, f in enumerate(fidelity)] if fidelity else [""] * len(images)
-      draw_samples(workdir / "samples.png", images, rows, title)
+  history, generator = _read_history(workdir / "history.json"), results["generator"]
+  if generator:
+    images, fidelity = _read_samples(workdir / "samples.npz"), generator["label_fidelity_per_class"]
+    if fidelity and len(fidelity) != len(images):
+      raise Refusal(f"{workdir / 'samples.npz'} has {len(images)} classes, results.json {len(fidelity)}; {AGAIN}.")
+  pictures = [workdir / "curves.png"]
+  draw_curves(pictures[0], history, results)
+  if generator:
+    rows = [f"{label}   {share:.2f}" for label, share in enumerate(fidelity)] if fidelity else [""] * len(images)
+    kind = "samples from the pool" if "pool" in generator else "fresh samples"
+    meaning = "rows: class and label fidelity" if fidelity else "a generator without classes"
+    pictures.append(workdir / "samples.png")
+    draw_samples(pictures[1], images, rows, f"{_run_name(results)}: {kind}\n{meaning}")
+  return pictures
 
 
-def draw_samples(path, images, rows, title):
-  """A grid of images (C, n, H, W, K) in [0, 1] with one row per class, called as in `rows`."""
-  import matplotlib.pyplot as plt
-
+def draw_samples(path: str | pathlib.Path, images: np.ndarray, rows: list[str], title: str) -> None:
+  """Writes a grid of images (C, n, H, W, K) in [0, 1] as a PNG, one row per class, labelled as in `rows`."""
   grid, cell = mosaic(images)
   classes, columns = images.shape[:2]
-  figure, axis = plt.subplots(figsize=(columns * 0.6 + 1.6, classes * 0.6 + 0.8), layout="constrained")
+  figure = Figure(figsize=(max(columns * 0.6 + 1.6, 4.4), classes * 0.6 + 0.8), layout="constrained")
+  axis = figure.subplots()
   axis.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-  axis.set_yticks([cell * (c + 0.5) - 0.5 for c in range(classes)], rows, fontsize=12)
+  # Names may contain "$", which would start a formula.
+  axis.set_yticks([cell * (label + 0.5) - 0.5 for label in range(classes)], rows, fontsize=12, parse_math=False)
   axis.tick_params(length=0)
   axis.set_xticks([])
   axis.spines[:].set_visible(False)
-  axis.set_title(title, fontsize=11)
-  figure.savefig(path, dpi=80)
-  plt.close(figure)
+  figure.suptitle(title, fontsize=11, parse_math=False)
+  _save(figure, path, dpi=80)
 
 
-def mosaic(images):
-  """(C, n, H, W, K) in [0, 1] -> one picture with white lines between the images, and its rows' height in pixels."""
+def mosaic(images: np.ndarray) -> tuple[np.ndarray, int]:
+  """One picture of images (C, n, H, W, K) in [0, 1], with white lines between them, and the height of a row in pixels.
+
+  The picture is (rows, columns) for one channel, (rows, columns, K) otherwise.
+  """
   classes, columns, height, width, channels = images.shape
   line = max(1, height // 16)
   padding = ((0, 0), (0, 0), (0, line), (0, line), (0, 0))
@@ -58,66 +145,194 @@ def mosaic(images):
   return (grid[..., 0] if channels == 1 else grid), height + line
 
 
-def draw_curves(path, history, results):
-  """Test accuracy and label fidelity, then every term of generator and student, over the epochs."""
-  import matplotlib.pyplot as plt
+def draw_curves(path: str | pathlib.Path, history: dict[str, list[dict]], results: dict[str, Any]) -> None:
+  """Writes the curves of a run over its epochs as a PNG.
 
-  student = history["student"]
-  terms = sorted({name for entry in student for name in entry["terms"]})
-  players = sorted({name.split("/")[0] for name in terms})
-  figure, axes = plt.subplots(1, 1 + len(players), figsize=(5.2 * (1 + len(players)), 4.2), layout="constrained")
-  scored = [entry for entry in student if "accuracy" in entry]
-  epochs = [entry["epoch"] for entry in scored]
-  for name in ("accuracy", "agreement", "label_fidelity"):
-    if scored and name in scored[0]:
-      axes[0].plot(epochs, [entry[name] for entry in scored], label=name.replace("_", " "))
-  teacher = results["teacher"]["accuracy"]
-  axes[0].axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.4f}")
-  last, best = results["student"]["last"], results["student"]["best"]
-  axes[0].set(
-    title=f"student: last {last['accuracy']:.4f}, best {best['accuracy']:.4f} (epoch {best['epoch']})", ylim=(0, 1.02)
+  From top to bottom: accuracy, agreement and label fidelity; for each player its unweighted terms and, in a smaller
+  panel, the weighted total that it minimises.
+  """
+  figure = curves(history["student"], results)
+  _save(figure, path, dpi=100)
+
+
+def curves(entries: list[dict], results: dict[str, Any]) -> Figure:
+  """The figure that `draw_curves` writes, of history entries as in cpsc_jax.loop.Outcome."""
+  players = sorted({player for entry in entries for player in entry["totals"]})
+  heights = [2.8] + [2.8, 1.2] * len(players)
+  figure = Figure(figsize=(9.0, sum(heights) + 0.35 * len(heights) + 0.4), layout="constrained")
+  figure.suptitle(_run_name(results), fontsize=12, parse_math=False)
+  axes = list(figure.add_gridspec(len(heights), 1, height_ratios=heights).subplots(sharex=True, squeeze=False).flat)
+
+  accuracy = axes.pop(0)
+  for name in SCORES:
+    rows = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+    _plot(accuracy, name.replace("_", " "), rows, linewidth=2.2 if name == "accuracy" else 1.0)
+  accuracy.axhline(results["teacher"]["accuracy"], color="black", linestyle="--", linewidth=1, label="teacher")
+  last, best, measured = results["student"]["last"], results["student"]["best"], results["evaluation"]
+  accuracy.set_title(
+    f"on the {measured['images']} {measured['split']} images: teacher {results['teacher']['accuracy']:.4f},"
+    f" student {last['accuracy']:.4f}, best {best['accuracy']:.4f} (epoch {best['epoch']})"
   )
-  for axis, player in zip(axes[1:], players, strict=True):
-    for name in terms:
-      if name.startswith(player + "/"):
-        rows = [(entry["epoch"], entry["terms"][name]) for entry in student if name in entry["terms"]]
-        axis.plot(*zip(*rows, strict=True), label=name.split("/")[1])
-    axis.set(title=f"{player} terms (unweighted)", yscale="symlog")
-  for axis in axes:
-    axis.set_xlabel("epoch")
+  _legend(accuracy)
+  for player in players:
+    terms, total = axes.pop(0), axes.pop(0)
+    for name in sorted({name for entry in entries for name in entry["terms"] if name.startswith(f"{player}/")}):
+      rows = [(entry["epoch"], entry["terms"][name]) for entry in entries if name in entry["terms"]]
+      _plot(terms, name.removeprefix(f"{player}/"), rows)
+    terms.set_title(f"{player}: terms, unweighted")
+    rows = [(entry["epoch"], entry["totals"][player]) for entry in entries if player in entry["totals"]]
+    _plot(total, "total", rows, color="black")
+    total.set_title(f"{player}: total, weighted")
+    _scale(terms)
+    _scale(total)
+    _legend(terms)
+
+  epochs = entries[-1]["epoch"]
+  for axis in figure.axes:
+    axis.set_xticks(epoch_ticks(epochs))
+    axis.set_xlim(*((1, epochs) if epochs > 1 else (0.5, 1.5)))
+    axis.title.set(fontsize=11)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
-  figure.savefig(path, dpi=90)
-  plt.close(figure)
+  figure.axes[-1].set_xlabel("epoch")
+  return figure
 
 
-def print_table(results):
-  """The short table that ends a run."""
+def epoch_ticks(last: int) -> list[int]:
+  """Round epochs from 1 to `last`, both included, at most about ten."""
+  step = next(
+    scale * unit for scale in (10**n for n in itertools.count()) for unit in (1, 2, 5) if last <= 8 * scale * unit
+  )
+  between = [epoch for epoch in range(step, last, step) if min(epoch - 1, last - epoch) >= step / 2]
+  return sorted({1, *between, last})
+
+
+def print_table(results: dict[str, Any]) -> None:
+  """Prints the short table that ends a run."""
   teacher, student, generator = results["teacher"], results["student"], results["generator"]
-  table = Table(title=f"{results['name']}: {results['arm']}, seed {results['seed']}", title_justify="left")
-  for column, justify in (
-    ("", "left"),
-    ("net", "left"),
-    ("parameters", "right"),
-    ("accuracy", "right"),
-    ("agreement", "right"),
-  ):
-    table.add_column(column, justify=justify)
+  split, images = results["evaluation"]["split"], results["evaluation"]["images"]
+  title = _run_name(results) + (f", on the {split} split" if split != "test" else "")
+  table = Table(title=title, title_justify="left")
+  for column in ("", "net"):
+    table.add_column(column)
+  for column in ("parameters", "accuracy", "agreement"):
+    table.add_column(column, justify="right")
   table.add_row("teacher", teacher["net"], f"{teacher['parameters']:,}", f"{teacher['accuracy']:.4f}", "")
   for which in ("last", "best"):
     row = student[which]
     label = f"student, {which} epoch ({row['epoch']})" + ("  <- headline" if which == results["headline"] else "")
-    table.add_row(
-      label, student["net"], f"{student['parameters']:,}", f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}"
-    )
+    figures = (f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}")
+    table.add_row(label, student["net"], f"{student['parameters']:,}", *figures)
   if generator:
-    known = generator["label_fidelity"] is not None
-    fidelity = f"label fidelity {generator['label_fidelity']:.3f}" if known else "no classes"
-    table.add_row("generator", generator["net"], f"{generator['parameters']:,}", fidelity, "")
-  console = Console(width=None if Console().is_terminal else 110)
+    fidelity = generator["label_fidelity"]
+    shown = "no classes" if fidelity is None else f"label fidelity {fidelity:.3f}"
+    table.add_row("generator", generator["net"], f"{generator['parameters']:,}", shown, "")
+  console = Console(width=None if Console().is_terminal else 110, markup=False, emoji=False)
   console.print(table)
-  parts = results["seconds_by_part"]
-  console.print(
-    f"{results['seconds']:.0f} s in all (teacher {parts['teacher']:.0f} s, student {parts['student']:.0f} s) on"
-    f" {results['hardware']['devices']} x {results['hardware']['device']}; {results['test_images']} test images"
+  devices = f"{results['hardware']['devices']} x {results['hardware']['device']}"
+  console.print(f"{seconds_in_words(results)}, on {devices}; {images} {split} images")
+
+
+def seconds_in_words(results: dict[str, Any]) -> str:
+  """Such as "122 s in all: teacher 18 s, student 93 s, everything else 11 s"; whole seconds that add up."""
+  parts = {name: round(seconds) for name, seconds in results["seconds_by_part"].items() if seconds}
+  whole = max(round(results["seconds"]), sum(parts.values()))
+  parts["everything else"] = whole - sum(parts.values())
+  return f"{whole} s in all: {', '.join(f'{name} {seconds} s' for name, seconds in parts.items())}"
+
+
+def _run_name(results: dict[str, Any]) -> str:
+  return f"{results['name']}: {results['arm']}, seed {results['seed']}"
+
+
+def _plot(axis: matplotlib.axes.Axes, label: str, rows: list[tuple[int, float]], **style: Any) -> None:
+  """A curve through (epoch, value) rows; where they are few, each is marked, also on the edge of the panel."""
+  if rows:
+    marked = {"marker": "o", "markersize": 4, "clip_on": False} if len(rows) <= 20 else {}
+    axis.plot(*zip(*rows, strict=True), label=label, **marked, **style)
+
+
+def _scale(axis: matplotlib.axes.Axes) -> None:
+  """Makes the y axis symmetric-logarithmic if a linear one would squeeze most values together."""
+  sizes = np.abs(np.concatenate([line.get_ydata() for line in axis.lines] or [[]]))
+  sizes = sizes[sizes > 0]
+  if sizes.size and sizes.max() > 8 * np.median(sizes):
+    small = max(np.quantile(sizes, 0.1), 1e-4 * sizes.max())
+    axis.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(small)))
+
+
+def _legend(axis: matplotlib.axes.Axes) -> None:
+  """A legend beside the panel, in the order in which the curves end."""
+  lines, labels = axis.get_legend_handles_labels()
+  order = sorted(range(len(lines)), key=lambda i: -lines[i].get_ydata()[-1])
+  axis.legend(
+    [lines[i] for i in order], [labels[i] for i in order], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9
   )
+
+
+def _save(figure: Figure, path: str | pathlib.Path, **options: Any) -> None:
+  """Writes a PNG, whole or not at all."""
+  png = io.BytesIO()
+  figure.savefig(png, format="png", **options)
+  path = pathlib.Path(path)
+  scratch = path.with_name(f"{path.name}.partial")
+  scratch.write_bytes(png.getvalue())
+  os.replace(scratch, path)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_bytes())
+  except (OSError, ValueError) as error:
+    raise Refusal(f"cannot read {path} ({first_line(error)}); {AGAIN}.") from error
+
+
+def _check(path: pathlib.Path, tree: Any, wanted: dict[str, Any]) -> None:
+  """Raises a Refusal unless `tree` has all the wanted paths, of the wanted types."""
+  for place, kind in wanted.items():
+    value = tree
+    for key in place.split("."):
+      value = value.get(key, ...) if isinstance(value, dict) else ...
+    if not isinstance(value, kind):
+      raise Refusal(
+        f"{path} lacks '{place}' or has something else there: it is damaged, or of another version; {AGAIN}."
+      )
+
+
+def _read_history(path: pathlib.Path) -> dict[str, list[dict]]:
+  history = _read_json(path)
+  _check(path, history, {"student": list})
+  for entry in history["student"]:
+    _check(path, entry, {"epoch": int, "terms": dict, "totals": dict})
+    scores = [entry[name] for name in SCORES if name in entry]
+    if not all(isinstance(value, NUMBER) for value in (*scores, *entry["terms"].values(), *entry["totals"].values())):
+      raise Refusal(f"{path} has something else than numbers in epoch {entry['epoch']}; {AGAIN}.")
+  if not history["student"]:
+    raise Refusal(f"{path} has no epoch; {AGAIN}.")
+  return history
+
+
+def _read_samples(path: pathlib.Path) -> np.ndarray:
+  try:
+    with np.load(path) as arrays:
+      images = arrays["images"]
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise Refusal(f"cannot read {path} ({first_line(error)}); {AGAIN}.") from error
+  if images.ndim != 5 or images.dtype.kind != "f" or 0 in images.shape or images.shape[-1] not in (1, 3):
+    raise Refusal(f"{path} has images {images.shape} {images.dtype}, not (C, n, H, W, 1 or 3) of floats; {AGAIN}.")
+  return images
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Parses flags, draws and prints; returns the exit code."""
+  flags = Flags(prog="cpsc-jax report", description=__doc__.split("\n")[0])
+  flags.add_argument("workdir", help="of a finished run")
+
+  def work(args):
+    for picture in report(args.workdir):
+      print(f"drawn: {picture}")
+
+  return run_command(work, flags, argv)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cpsc_jax import mesh
 from cpsc_jax.loop import Plan, train
+from cpsc_jax.state import Losses
 
 
 def main(workdir, dies):
@@ -25,7 +26,8 @@ def main(workdir, dies):
     noise = jax.random.normal(jax.random.fold_in(state["key"], state["count"]), (8, 2))
     noise = jax.lax.with_sharding_constraint(noise, mesh.batch_sharding(devices))
     loss = jnp.full(3, jnp.mean(noise))
-    return {**state, "count": state["count"] + 1, "x": state["x"] + loss}, {"net": {"ce": loss, "total": loss}}
+    losses = Losses(total=loss[:, None], terms={"ce": loss[:, None]})
+    return {**state, "count": state["count"] + 1, "x": state["x"] + loss}, {"net": losses}
 
   def epoch(state):
     mark = workdir / "died"

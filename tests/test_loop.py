@@ -12,24 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpsc_jax.checkpoint import UNSEALED, Checkpointer
+from cpsc_jax.checkpoint import NOT_CHECKED, Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted, Refusal
-from cpsc_jax.loop import Plan, train
+from cpsc_jax.loop import Plan, check_finite, train
+from cpsc_jax.state import Losses
 
 ACCURACY = jnp.array([0.1, 0.5, 0.9, 0.7, 0.9, 0.3, 0.2])
 
 
-def plan(workdir, epochs=6, bad=None, every=2, measure_every=1, minutes=60.0):
+def plan(workdir, epochs=6, bad=None, every=2, measure_every=1, minutes=60.0, on_epoch=None):
   @jax.jit
   def epoch(state):
     count = state["count"] + 1
-    loss = jnp.arange(3.0) + count
+    loss = jnp.arange(3.0)[:, None] + count
     if bad:
-      loss = jnp.where((count == bad) & (jnp.arange(3) >= 1), jnp.nan, loss)
-    return {"count": count, "x": state["x"] * 1.5}, {"generator": {"ce": loss, "bn": jnp.ones(3), "total": loss}}
+      loss = jnp.where((count == bad) & (jnp.arange(3)[:, None] >= 1), jnp.nan, loss)
+    generator = Losses(total=2 * loss, terms={"ce": loss, "bn": jnp.ones((3, 1))})
+    idle = Losses(total=jnp.zeros((3, 0)), terms={"kd": jnp.zeros((3, 0))})
+    return {"count": count, "x": state["x"] * 1.5}, {"generator": generator, "student": idle}
 
   measure = jax.jit(lambda state: {"accuracy": ACCURACY[state["count"] - 1]})
-  return Plan("test", epoch, measure, lambda state: state["x"], epochs, measure_every, every, minutes, workdir)
+  return Plan(
+    "test", epoch, measure, lambda state: state["x"], epochs, measure_every, every, minutes, workdir, on_epoch
+  )
 
 
 START = {"count": jnp.int32(0), "x": jnp.ones(2)}
@@ -38,10 +43,59 @@ START = {"count": jnp.int32(0), "x": jnp.ones(2)}
 def test_history_and_best_epoch(tmp_path):
   outcome = train(plan(tmp_path), START)
   assert [entry["epoch"] for entry in outcome.history] == [1, 2, 3, 4, 5, 6]
-  assert outcome.history[1]["terms"]["generator/ce"] == pytest.approx(3.0)
+  assert outcome.history[1] == {
+    "epoch": 2,
+    "terms": {"generator/bn": 1.0, "generator/ce": pytest.approx(3.0)},
+    "totals": {"generator": pytest.approx(6.0)},
+    "accuracy": pytest.approx(0.5),
+  }, "a player that took no step has no entry"
   assert outcome.best_epoch == 3, "the first of equals"
   np.testing.assert_allclose(outcome.best_variables, 1.5**3)
   np.testing.assert_allclose(outcome.state["x"], 1.5**6)
+
+
+@pytest.mark.parametrize("minutes", [60.0, 1e-9])
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch, minutes):
+  monkeypatch.chdir(tmp_path)
+  outcome, again = (train(plan(None, minutes=minutes), START) for _ in range(2))
+  whole = train(plan(tmp_path / "whole"), START)
+  assert outcome.history == again.history == whole.history and outcome.best_epoch == whole.best_epoch
+  np.testing.assert_array_equal(outcome.state["x"], whole.state["x"])
+  assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+  with pytest.raises(NonFiniteLoss, match=r"step 2: term generator/ce; lower the learning rate"):
+    train(plan(None, bad=4), START)
+
+
+def test_without_a_workdir_sigterm_keeps_its_meaning():
+  handlers = []
+  train(plan(None, on_epoch=lambda entry: handlers.append(signal.getsignal(signal.SIGTERM))), START)
+  assert set(handlers) == {signal.getsignal(signal.SIGTERM)}
+
+
+def test_on_epoch_receives_every_new_entry(tmp_path):
+  first, second = [], []
+  train(plan(tmp_path, epochs=4, on_epoch=first.append), START)
+  outcome = train(plan(tmp_path, on_epoch=second.append), START)
+  assert first + second == outcome.history and len(second) == 2
+
+
+def test_seconds_of_a_resumed_training(tmp_path):
+  first = train(plan(tmp_path, epochs=4), START)
+  assert first.earlier_seconds == 0 < first.seconds
+  second = train(plan(tmp_path), START)
+  assert 0 < second.earlier_seconds < second.seconds and second.earlier_seconds <= first.seconds
+
+
+def test_the_host_reads_an_epoch_after_the_next_has_begun(tmp_path):
+  events = []
+  original = plan(tmp_path, every=100, on_epoch=lambda entry: events.append(f"read {entry['epoch']}"))
+
+  def epoch(state):
+    events.append("begin")
+    return original.epoch(state)
+
+  train(dataclasses.replace(original, epoch=epoch), START)
+  assert events[:5] == ["begin", "begin", "read 1", "begin", "read 2"]
 
 
 def test_measuring_now_and_then_always_covers_the_last_epoch(tmp_path):
@@ -67,6 +121,33 @@ def test_non_finite_loss_names_the_term_and_keeps_the_last_good_checkpoint(tmp_p
   assert len(record["history"]) == 2 and int(tree["state"]["count"]) == 2
 
 
+def test_the_first_iteration_that_is_not_finite_is_named(tmp_path):
+  def losses(bad):
+    """Generator: two steps in each of four iterations; student: one."""
+    sizes = {"generator": 2, "student": 1}
+    arrays = {key: np.ones((4, sizes[key[0]])) for key in bad} | {("student", "kd"): np.ones((4, 1))}
+    for key, iteration in bad.items():
+      arrays[key][iteration:] = np.nan
+    return {
+      player: Losses(
+        total=arrays.get((player, "total"), np.ones((4, size))),
+        terms={name: values for (owner, name), values in arrays.items() if owner == player and name != "total"},
+      )
+      for player, size in sizes.items()
+    }
+
+  def named(bad):
+    with pytest.raises(NonFiniteLoss) as error:
+      check_finite(plan(tmp_path), 1, losses(bad))
+    return str(error.value).split("epoch 1, ")[1].split(";")[0]
+
+  generator = {("generator", "ce"): 2, ("generator", "total"): 2}
+  assert named({**generator, ("student", "total"): 3}) == "step 3: term generator/ce"
+  assert named({**generator, ("student", "total"): 2}) == "step 3: terms generator/ce, student/total"
+  assert named({**generator, ("student", "total"): 0}) == "step 1: term student/total"
+  check_finite(plan(tmp_path), 1, losses({}))
+
+
 def best_like():
   return {"accuracy": jnp.float32(0), "epoch": jnp.int32(0), "variables": jnp.ones(2)}
 
@@ -78,6 +159,7 @@ def test_event_files_are_readable(tmp_path):
   events.Reload()
   assert {"accuracy", "generator/ce", "generator/total"} <= set(events.Tags()["scalars"])
   assert [e.step for e in events.Scalars("accuracy")] == [1, 2, 3, 4, 5, 6]
+  assert events.Scalars("generator/total")[1].value == pytest.approx(6.0)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog):
@@ -107,7 +189,7 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path):
       os.kill(os.getpid(), signal.SIGTERM)
     return broken.epoch(state)
 
-  with pytest.raises(Preempted, match="told to stop; epoch 4 is saved") as stopped:
+  with pytest.raises(Preempted, match="stopped by SIGTERM; epoch 4 is saved") as stopped:
     train(dataclasses.replace(broken, epoch=epoch), START)
   assert stopped.value.exit_code == 75
   whole, resumed = train(plan(tmp_path / "whole", every=100), START), train(broken, START)
@@ -116,14 +198,14 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path):
 
 
 def test_twenty_flipped_bytes(tmp_path, caplog):
-  """Wherever the byte is, the run ends as if it had not been flipped; in what was sealed the flip is named."""
+  """Wherever the byte is, the run ends as if it had not been flipped; in what has a checksum the flip is named."""
   whole = train(plan(tmp_path / "whole"), START)
   train(plan(tmp_path / "parts", epochs=4), START)
   rng = np.random.default_rng(0)
   files = sorted(p.relative_to(tmp_path) for p in (tmp_path / "parts/checkpoints/4").rglob("*") if p.is_file())
-  sealed = [path for path in files if str(path.relative_to("parts/checkpoints/4")) not in UNSEALED[1:]]
-  assert len(files) == len(sealed) + 2
-  for path in [*files, *rng.choice(sealed, 20)]:
+  checked = [path for path in files if str(path.relative_to("parts/checkpoints/4")) not in NOT_CHECKED[1:]]
+  assert len(files) == len(checked) + 2
+  for path in [*files, *rng.choice(checked, 20)]:
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(tmp_path / "parts", copy / "parts")
@@ -136,7 +218,7 @@ def test_twenty_flipped_bytes(tmp_path, caplog):
     resumed = train(plan(copy / "parts"), START)
     assert resumed.history == whole.history, path
     np.testing.assert_array_equal(resumed.state["x"], whole.state["x"])
-    assert ("checkpoints/4 is damaged" in caplog.text) == (path in sealed), path
+    assert ("checkpoints/4 is damaged" in caplog.text) == (path in checked), path
 
 
 @pytest.fixture
