@@ -40,7 +40,10 @@ def test_convolution_is_native_off_the_cpu(platform):
   layer = nn.Conv(6, (3, 3), padding=1, conv_general_dilated=conv_general_dilated)
   x = jnp.ones((2, 8, 8, 4))
   params = layer.init(jax.random.key(0), x)
-  loss = lambda p, x: jnp.sum(jnp.square(layer.apply(p, x)))
+
+  def loss(p, x):
+    return jnp.sum(jnp.square(layer.apply(p, x)))
+
   text = jax.jit(jax.grad(loss, (0, 1))).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
   assert text.count("stablehlo.convolution(") == 3
   assert "dot_general" not in text

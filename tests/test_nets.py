@@ -1,13 +1,19 @@
-"""Every network against an independent PyTorch version, by way of the weight converter."""
+"""Every network against an independent PyTorch version, by way of the weight converter, and how nets are called."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import assert_close, assert_trees_close, cast, jitted_forward, nhwc, shapes
 
-from cpsc_jax import convert, nets
+from cpsc_jax import nets
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop import convert
+from cpsc_jax.nets.convolution import SAVED
+from cpsc_jax.state import Output, Statistics
 
 torch = pytest.importorskip("torch", reason="the PyTorch twins need torch: pip install -e '.[test]'")
 import torch_zoo as zoo  # noqa: E402
@@ -95,8 +101,8 @@ def test_outputs_by_name(name, size):
   assert out.logits.shape == (2, 7)
   assert len(out.stages) == {"wrn_16_1": 3, "resnet18": 4, "vgg11": 5}[name]
   assert all(stage.ndim == 4 for stage in out.stages)
-  assert out.features.shape == (2, out.stages[-1].shape[-1])
-  assert out.head_features is None
+  assert out.features.shape == out.pooled.shape == (2, out.stages[-1].shape[-1])
+  assert out.head_features is None and out.projected is None and out.statistics is None
 
 
 def test_features_have_unit_length():
@@ -112,7 +118,10 @@ def test_head_features_train_the_head_alone():
   net = nets.FeatureHead(nets.classifier("wrn_10_1", 3), 48)
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
   variables = nets.init(net, jax.random.key(1), x)
-  loss = lambda params: jnp.sum(net.apply({**variables, "params": params}, x, train=False).head_features[:, 0])
+
+  def loss(params):
+    return jnp.sum(net.apply({**variables, "params": params}, x, train=False).head_features[:, 0])
+
   grads = jax.jit(jax.grad(loss))(variables["params"])
   assert not any(np.any(g) for g in jax.tree.leaves(grads["net"]))
   assert all(np.any(g) for g in jax.tree.leaves(grads["head_2"]))
@@ -125,6 +134,31 @@ def test_precision_reaches_the_convolutions():
   assert "bf16" in text
   out = net.init_with_output(jax.random.key(0), x, train=False)[0]
   assert out.logits.dtype == out.features.dtype == jnp.float32
+
+
+IMAGES, LATENTS = (jnp.zeros((2, 8, 8, 3)),), (jnp.zeros((2, 4)), jnp.zeros((2,), jnp.int32))
+WIDE_RESNET, GENERATOR = nets.classifier("wrn_10_1", 3, jnp.bfloat16), nets.generator("cifar", 3, 8, 3, 2, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+  ("net", "inputs"),
+  [
+    (WIDE_RESNET, IMAGES),
+    (nets.FeatureHead(WIDE_RESNET, 24), IMAGES),
+    (nets.StageProjections(WIDE_RESNET, (4, 5, 6)), IMAGES),
+    (GENERATOR, LATENTS),
+  ],
+  ids=["wrn_10_1", "head", "projections", "cifar"],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_half_precision_keeps_parameters_statistics_and_outputs_in_float32(net, inputs, train):
+  variables = jax.eval_shape(lambda: nets.init(net, jax.random.key(0), *inputs))
+  out, stats = jax.eval_shape(lambda v, *inputs: nets.forward(net, v, *inputs, train=train), variables, *inputs)
+  if isinstance(out, Output):
+    assert out.stages[0].dtype == jnp.bfloat16, "it computes in half precision"
+    out = out.replace(stages=())
+  assert len(jax.tree.leaves(stats)) >= 6
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((variables, stats, out)))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +181,241 @@ def test_conversion_names_every_misfit():
   twin, net = zoo.WideResNet(10, 1, 10), nets.classifier("wrn_10_1", 12)
   state = zoo.arrays(twin)
   state["surplus"] = state.pop("bn1.weight")
-  with pytest.raises(
-    Refusal, match=r"missing: bn1.weight; unexpected: surplus; of another shape: .*fc.bias.*fc.weight"
-  ):
+  with pytest.raises(Refusal, match=r"missing: bn1.weight; unexpected: surplus; wrong shape: .*fc.bias.*fc.weight"):
     convert.classifier_from_torch(state, shapes(net, jnp.zeros((2, 8, 8, 3))))
+
+
+# How nets are called.
+
+
+class Plain(nn.Module):
+  """A user's module: plain logits, Flax's own batch norm, dropout before the last layer."""
+
+  num_classes: int
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    x = nn.Conv(8, (3, 3), dtype=self.dtype, name="conv")(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+    x = nn.relu(nn.Dense(16, dtype=self.dtype, name="hidden")(jnp.mean(x, (1, 2))))
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    return nn.Dense(self.num_classes, dtype=self.dtype, name="last")(x)
+
+
+class InSetup(nn.Module):
+  """Another: layers made in `setup`, no batch norm, `train` by keyword only."""
+
+  def setup(self):
+    self.flat = nn.Dense(5)
+    self.last = nn.Dense(3)
+
+  def __call__(self, x, *, train=False):
+    return self.last(nn.tanh(self.flat(x.reshape(x.shape[0], -1))))
+
+
+class Tokens(nn.Module):
+  """A net whose stages are tokens (N, T, K), and which publishes its own statistics if it is to."""
+
+  publishes: bool = False
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    tokens = nn.Dense(6, name="embed")(x.reshape(x.shape[0], -1, x.shape[-1]))
+    second = nn.LayerNorm(name="norm")(tokens)
+    mean = {"mean": jnp.mean(second, (0, 1)), "var": jnp.var(second, (0, 1))}
+    own = Statistics({"norm": mean}, {"norm": mean}) if self.publishes else None
+    return nets.outputs(second, (tokens, second), 3, "linear").replace(statistics=own)
+
+
+def images(size=8):
+  return jax.random.normal(jax.random.key(0), (4, size, size, 3))
+
+
+def test_statistics_are_the_moments_of_batch_norm():
+  net, x = nets.classifier("wrn_10_1", 3), images()
+  variables = nets.init(net, jax.random.key(1), x)
+  out = jax.jit(lambda v, x: nets.forward_observed(net, v, x))(variables, x)
+  assert_trees_close(out.replace(statistics=None), jitted_forward(net, False)(variables, x)[0], 1e-6)
+  assert out.statistics.seen.keys() == out.statistics.stored.keys() and len(out.statistics.seen) == 7
+  for path, stored in out.statistics.stored.items():
+    here = variables["batch_stats"]
+    for name in path:
+      here = here[name]
+    np.testing.assert_array_equal(stored["mean"], here["mean"])
+    assert out.statistics.seen[path]["var"].shape == here["var"].shape
+  assert nets.has_statistics(net, (8, 8, 3))
+
+
+def test_a_net_may_publish_statistics_of_its_own():
+  for publishes in (True, False):
+    net, x = Tokens(publishes), images()
+    statistics = nets.forward_observed(net, nets.init(net, jax.random.key(1), x), x).statistics
+    assert list(statistics.seen) == ["norm"] if publishes else statistics is None
+    assert nets.has_statistics(net, (8, 8, 3)) == publishes
+
+
+def test_stages_of_tokens_are_projected():
+  net, x = nets.StageProjections(Tokens(), (4, 5)), images()
+  variables = nets.init(net, jax.random.key(1), x)
+  out, _ = nets.forward(net, variables, x, train=False)
+  assert [p.shape for p in out.projected] == [(4, 4), (4, 5)]
+  layer = variables["params"]["stage_1"]
+  want = np.mean(out.stages[1], 1) @ layer["kernel"] + layer["bias"]
+  assert_close(out.projected[1], want, 1e-5)
+  assert_close(out.pooled, np.mean(out.stages[1], 1), 1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_deployed_is_the_classifier_itself_in_float32(wrapped):
+  """Its variables are the trained ones, and its outputs those of the net computed in float32 from the start."""
+  inner, x = nets.classifier("wrn_10_1", 3, jnp.bfloat16), images()
+  net = nets.StageProjections(nets.FeatureHead(inner, 24), (4, 5, 6)) if wrapped else inner
+  variables = nets.init(net, jax.random.key(1), x)
+  deployed, theirs = nets.deployed(net, variables)
+  assert deployed == nets.classifier("wrn_10_1", 3)
+  below = {name: tree["net"]["net"] if wrapped else tree for name, tree in variables.items()}
+  assert jax.tree.all(jax.tree.map(lambda a, b: a is b, theirs, below))
+  assert nets.deployed(net, {})[0] == deployed and nets.deployed(deployed, theirs)[0] == deployed
+  stages = nets.forward(deployed, theirs, x, train=False)[0].stages
+  assert all(stage.dtype == jnp.float32 for stage in stages)
+
+
+def test_deployed_keeps_a_float32_net_as_it_is():
+  net = Plain(3, jnp.float32)
+  assert nets.deployed(net, {})[0] is net
+  assert nets.deployed(Plain(3, jnp.float16), {})[0] == Plain(3)
+  assert nets.deployed(nets.adapt(Plain(3, jnp.bfloat16), (8, 8, 3)), {})[0] == nets.adapt(Plain(3), (8, 8, 3))
+
+
+def test_is_head():
+  net = nets.FeatureHead(nets.classifier("wrn_10_1", 3), 24)
+  params = jax.eval_shape(lambda: nets.init(net, jax.random.key(0), images()))["params"]
+  found = jax.tree_util.tree_map_with_path(lambda path, _: nets.is_head(path), params)
+  assert all(jax.tree.leaves([found["head_0"], found["head_2"]])) and not any(jax.tree.leaves(found["net"]))
+  assert nets.is_head(("head_2", "bias")) and not nets.is_head(("net", "head_2")) and not nets.is_head(())
+
+
+@pytest.mark.parametrize(
+  ("module", "width", "observed"), [(Plain(3), 16, True), (InSetup(), 5, False)], ids=["compact", "setup"]
+)
+def test_plain_logits_are_adapted(module, width, observed):
+  """The wrapper takes the module's own variables, alone and below a feature head."""
+  x, keys = images(), {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+  variables = module.init(keys, x, train=True)
+  net = nets.adapt(module, (8, 8, 3))
+  out = net.apply(variables, x, train=False)
+  np.testing.assert_array_equal(out.logits, module.apply(variables, x, train=False))
+  last = variables["params"]["last"]
+  assert_close(out.pooled @ last["kernel"] + last["bias"], out.logits, 1e-6)
+  np.testing.assert_allclose(np.linalg.norm(out.features, axis=1), 1, rtol=1e-5)
+  assert out.features.shape == out.pooled.shape == (4, width) and out.stages == ()
+  assert nets.feature_width(net, (8, 8, 3)) == width and nets.has_statistics(net, (8, 8, 3)) == observed
+  fresh, own = (nets.init(m, keys["params"], x) for m in (net, module))
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, fresh, own))
+  trained, moved = net.apply(variables, x, train=True, rngs={"dropout": keys["dropout"]}, mutable=["batch_stats"])
+  want, theirs = module.apply(variables, x, train=True, rngs={"dropout": keys["dropout"]}, mutable=["batch_stats"])
+  np.testing.assert_array_equal(trained.logits, want)
+  assert jax.tree.all(jax.tree.map(jnp.array_equal, moved, theirs))
+  seen = nets.forward_observed(net, variables, x).statistics
+  assert list(seen.seen) == [("norm",)] if observed else seen is None
+  head = nets.FeatureHead(net, 7)
+  below = nets.init(head, jax.random.key(1), x)
+  assert jax.tree.map(jnp.shape, below["params"]["net"]) == jax.tree.map(jnp.shape, variables["params"])
+  assert nets.forward(head, below, x, train=False)[0].features.shape == (4, 7)
+  assert nets.deployed(head, below)[0] == net
+
+
+def test_modules_that_return_outputs_are_left_as_they_are():
+  for net in (nets.classifier("wrn_10_1", 3), Tokens(), nets.adapt(Plain(3), (8, 8, 3))):
+    assert nets.adapt(net, (8, 8, 3)) is net
+
+
+class WithoutTrain(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(jnp.mean(x, (1, 2)))
+
+
+class WithoutDense(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return jnp.mean(nn.Conv(3, (1, 1))(x), (1, 2))
+
+
+class Pairs(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Dense(3)(jnp.mean(x, (1, 2))), x
+
+
+class Maps(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize(
+  ("module", "message"),
+  [
+    (WithoutTrain(), r"WithoutTrain takes no argument 'train': define __call__\(self, x, train\)"),
+    (WithoutDense(), "features of WithoutDense cannot be found: make it end in a flax.linen.Dense"),
+    (Pairs(), "Pairs returned tuple; expected logits"),
+    (Maps(), r"Maps returned an array of shape \(2, 8, 8, 3\); expected logits"),
+    (print, "expected a flax.linen.Module"),
+  ],
+)
+def test_modules_that_cannot_be_adapted_are_refused(module, message):
+  with pytest.raises(Refusal, match=message):
+    nets.adapt(module, (8, 8, 3))
+
+
+def test_a_dropout_key_reaches_the_net():
+  net, x = nets.adapt(Plain(3), (8, 8, 3)), images()
+  variables = nets.init(net, jax.random.key(0), x)
+
+  def logits(key, train=True):
+    return np.asarray(nets.forward(net, variables, x, train=train, key=key)[0].logits)
+
+  one, again, other = logits(jax.random.key(1)), logits(jax.random.key(1)), logits(jax.random.key(2))
+  np.testing.assert_array_equal(one, again)
+  assert np.any(one != other)
+  np.testing.assert_array_equal(logits(None, train=False), logits(jax.random.key(1), train=False))
+  with pytest.raises(Exception, match="dropout"):
+    logits(None)
+
+
+@pytest.mark.parametrize(
+  ("net", "inputs", "convolutions"),
+  [
+    (nets.classifier("wrn_10_1", 3), IMAGES, 9),
+    (nets.generator("dcgan", 3, 16, 3, 2), LATENTS, 5),
+  ],
+  ids=["wrn_10_1", "dcgan"],
+)
+def test_rematerialisation_keeps_convolutions(net, inputs, convolutions):
+  """Under the policy that saves SAVED the gradient has no convolution more than without, and the same values."""
+  variables = nets.init(net, jax.random.key(0), *inputs)
+  inputs = tuple(jax.random.normal(jax.random.key(1), x.shape) if x.ndim > 1 else x for x in inputs)
+  save_convolutions = jax.checkpoint_policies.save_only_these_names(SAVED)
+
+  def loss(params):
+    out, _ = nets.forward(net, {**variables, "params": params}, *inputs, train=True)
+    return jnp.mean(jnp.square(getattr(out, "logits", out)))
+
+  def gradient(function):
+    return jax.jit(jax.value_and_grad(function))
+
+  def native_convolutions(function):
+    text = gradient(function).trace(variables["params"]).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("stablehlo.convolution(")
+
+  plain = native_convolutions(loss)
+  assert native_convolutions(jax.checkpoint(loss, policy=save_convolutions)) == plain
+  assert native_convolutions(jax.checkpoint(loss)) > plain, "without the policy they are recomputed"
+  names = str(jax.make_jaxpr(loss)(variables["params"])).count(f"name={SAVED}")
+  assert names == convolutions
+  value, grads = gradient(loss)(variables["params"])
+  again, same = gradient(jax.checkpoint(loss, policy=save_convolutions))(variables["params"])
+  assert_close(again, value, 1e-6)
+  assert_trees_close(same, grads, 1e-5)

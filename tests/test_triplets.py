@@ -25,11 +25,11 @@ def probabilities(logits, labels, focal):
     for j in negatives:
       distance = np.linalg.norm(e[i] - e[j])
       if focal:
-        there = 0.5 < distance < 1.0
+        in_range = 0.5 < distance < 1.0
       else:
         distance = max(distance, 0.5)
-        there = distance < 1.4
-      weight = np.exp((2 - d) * np.log(distance) - (d - 3) / 2 * np.log(1 - distance**2 / 4)) if there else 0.0
+        in_range = distance < 1.4
+      weight = np.exp((2 - d) * np.log(distance) - (d - 3) / 2 * np.log(1 - distance**2 / 4)) if in_range else 0.0
       weights.append(weight)
     if negatives:
       weights = np.array(weights) if sum(weights) > 0 else np.ones(len(negatives))
@@ -68,7 +68,7 @@ CASES = {
   "one class": lambda rng: (rng.normal(size=(6, 4)), np.zeros(6, int)),
   "one sample per class": lambda rng: (rng.normal(size=(6, 6)), np.arange(6)),
   "identical embeddings": lambda rng: (np.ones((6, 4)), np.array([0, 0, 1, 1, 2, 2])),
-  "two classes, one lonely": lambda rng: (rng.normal(size=(5, 4)), np.array([0, 0, 0, 0, 1])),
+  "two classes, one of a single sample": lambda rng: (rng.normal(size=(5, 4)), np.array([0, 0, 0, 0, 1])),
 }
 EACH = pytest.mark.parametrize("case", CASES)
 
@@ -111,15 +111,16 @@ def test_loss(case, swapped):
     stages = [np.ones_like(stage) for stage in stages]
   key = jax.random.key(3)
   with jax.enable_x64(True):
-    of = lambda s: losses.triplets(
-      s, jnp.asarray(logits), jnp.asarray(labels), key, 0.2, focal=swapped, swapped=swapped
-    )
-    value, grads = jax.value_and_grad(of)([jnp.asarray(stage) for stage in stages])
+
+    def loss(s):
+      return losses.triplets(s, jnp.asarray(logits), jnp.asarray(labels), key, 0.2, focal=swapped, swapped=swapped)
+
+    value, grads = jax.value_and_grad(loss)([jnp.asarray(stage) for stage in stages])
     drawn = losses.draw_negatives(key, losses.log_negative_weights(jnp.asarray(logits), jnp.asarray(labels), swapped))
   assert float(value) == pytest.approx(triplet_loss(stages, labels, np.asarray(drawn), 0.2, swapped), abs=1e-4)
   assert all(np.isfinite(g).all() for g in grads)
   assert all(np.abs(g).max() > 0 for g in grads) == (
-    case in ("random", "many classes", "no negative in range") or case == "two classes, one lonely"
+    case in ("random", "many classes", "no negative in range") or case == "two classes, one of a single sample"
   )
 
 
@@ -138,9 +139,10 @@ def test_directions_are_opposite():
   for swapped, sign in ((False, 1), (True, -1)):
     features = jnp.asarray(rng.normal(size=(30, 8)))
     before = gap(features)
-    loss = lambda f, key, swapped=swapped: losses.triplets(
-      [f[:, None, None, :]], jnp.asarray(logits), labels, key, 0.2, swapped=swapped
-    )
+
+    def loss(f, key, swapped=swapped):
+      return losses.triplets([f[:, None, None, :]], jnp.asarray(logits), labels, key, 0.2, swapped=swapped)
+
     step = jax.jit(jax.grad(loss))
     for i in range(200):
       features = features - 3.0 * step(features, jax.random.key(i))
@@ -150,5 +152,8 @@ def test_directions_are_opposite():
 def test_nothing_is_differentiated_through_the_draw():
   logits, labels = CASES["random"](np.random.default_rng(1))
   stage = jnp.ones((24, 1, 1, 3)) * jnp.arange(24)[:, None, None, None] + jnp.arange(3)
-  of = lambda x: losses.triplets([stage], x, jnp.asarray(labels), jax.random.key(0))
-  assert_close(jax.grad(of)(jnp.asarray(logits)), np.zeros_like(logits), 1e-30)
+
+  def loss(x):
+    return losses.triplets([stage], x, jnp.asarray(labels), jax.random.key(0))
+
+  assert_close(jax.grad(loss)(jnp.asarray(logits)), np.zeros_like(logits), 1e-30)

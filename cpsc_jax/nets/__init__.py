@@ -1,24 +1,30 @@
-"""The networks by name, and the three ways they are called."""
+"""The networks by name, and how they are called."""
 
 import difflib
 import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 
+from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
+from cpsc_jax.nets.adapted import Adapted, adapt
 from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator, Pixels
-from cpsc_jax.nets.layers import Critic, FeatureHead, StageProjections, observe_batch_norm, outputs
+from cpsc_jax.nets.layers import HEAD, Dtype, FeatureHead, StageProjections, observe_batch_norm, outputs
 from cpsc_jax.nets.mobilenet import MobileNetV2
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
+from cpsc_jax.state import Output, Statistics, Tree
 
 # name -> (num_classes, dtype=None) -> a module whose apply(variables, x (N, H, W, K), train=...) gives an `Output`.
-# Scripts may add their own (README.md).
-NETS = {
+# Scripts may add rows of their own.
+NETS: dict[str, Callable[..., nn.Module]] = {
   "resnet18": resnet.resnet18,
   "resnet34": resnet.resnet34,
   "resnet50": resnet.resnet50,
@@ -40,8 +46,10 @@ THIN = {"cifar": CifarResNet, "small": SmallResNet}
 GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator, "pixels": Pixels}
 
 
-def classifier(name, num_classes, dtype=None):
+def classifier(name: str, num_classes: int, dtype: Dtype = None) -> nn.Module:
   """The classifier called `name`: a row of NETS, wrn_D_K (D = 6n + 4), or cifar_resnetD or small_resnetD (D = 6n + 2).
+
+  With a `dtype` of 16 bits, convolutions compute in it; parameters, batch statistics and logits stay float32.
 
   Raises:
     Refusal: the name is none of these.
@@ -64,7 +72,9 @@ def classifier(name, num_classes, dtype=None):
   return NETS[name](num_classes, dtype)
 
 
-def generator(name, num_classes, image_size, channels, width, dtype=None):
+def generator(
+  name: str, num_classes: int, image_size: int, channels: int, width: int, dtype: Dtype = None
+) -> nn.Module:
   """The generator called `name` for square images.
 
   Raises:
@@ -82,63 +92,100 @@ def generator(name, num_classes, image_size, channels, width, dtype=None):
   return kind(num_classes, image_size, channels, width, dtype)
 
 
-def suggestion(name, names):
+def suggestion(name: str, names: Iterable[str]) -> str:
   close = difflib.get_close_matches(name, names, 1)
   return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def forward(net, variables, *inputs, train):
+def forward(
+  net: nn.Module, variables: Tree, *inputs: jax.Array, train: bool, key: jax.Array | None = None
+) -> tuple[Any, Tree]:
   """Applies a net and returns (its output, its batch statistics afterwards).
 
   In training mode the batch's own statistics normalise and the running ones move; in evaluation mode nothing moves.
+  `key` is the net's random stream "dropout"; nets without dropout need none.
   """
+  rngs = None if key is None else {"dropout": key}
   if not train:
-    return net.apply(variables, *inputs, train=False), variables.get("batch_stats", {})
-  output, moved = net.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+    return net.apply(variables, *inputs, train=False, rngs=rngs), variables.get("batch_stats", {})
+  output, moved = net.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"])
   return output, moved.get("batch_stats", {})
 
 
-def forward_observed(net, variables, x):
-  """A frozen net in evaluation mode: (output, moments, running), as `losses.bn_statistics` takes them.
+def forward_observed(net: nn.Module, variables: Tree, x: jax.Array) -> Output:
+  """The output of a frozen classifier in evaluation mode, with `statistics` filled in.
 
-  Without batch norm both are empty, and the variables need no "batch_stats".
+  They are the moments that its batch norm layers see, {module path: {"mean", "var"}}, unless the net publishes
+  statistics of its own; None where there are neither. Without batch norm the variables need no "batch_stats".
   """
-  output, moments = observe_batch_norm(lambda: net.apply(variables, x, train=False))
-  return output, moments, {path: _at(variables["batch_stats"], path) for path in moments}
+  output, seen = observe_batch_norm(lambda: net.apply(variables, x, train=False))
+  if output.statistics is not None or not seen:
+    return output
+  return output.replace(statistics=Statistics(seen, {path: _at(variables["batch_stats"], path) for path in seen}))
 
 
-def init(net, key, *inputs):
+def init(net: nn.Module, key: jax.Array, *inputs: jax.Array) -> dict[str, Tree]:
   """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly."""
-  variables = jax.jit(lambda k: net.init(k, *inputs, train=True))(key)
+  variables = jax.jit(partial(net.init, train=True))(_init_rngs(key), *inputs)
   return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
 
 
-def output_shapes(net, image_shape):
-  """The `Output` of two images of that shape, as shapes; nothing is computed."""
-  output = lambda key, x: net.init_with_output(key, x, train=False)[0]
-  return jax.eval_shape(output, jax.random.key(0), jnp.zeros((2, *image_shape)))
+def output_shapes(net: nn.Module, image_shape: tuple[int, ...]) -> Output:
+  """The `Output` for two images (H, W, K), as shapes; nothing is computed."""
+  output, _ = jax.eval_shape(partial(net.init_with_output, train=False), *_abstract_inputs(image_shape))
+  return output
 
 
-def feature_width(net, image_shape):
-  """D of the net's features (N, D) on images of that shape; nothing is computed."""
+def feature_width(net: nn.Module, image_shape: tuple[int, ...]) -> int:
+  """D of the net's features (N, D) on images (H, W, K); nothing is computed."""
   return output_shapes(net, image_shape).features.shape[-1]
 
 
-def has_batch_norm(net, image_shape):
-  """Whether `forward_observed` would observe anything on images of that shape; nothing is computed."""
-  seen = lambda key, x: observe_batch_norm(lambda: net.init_with_output(key, x, train=False))[1]
-  return bool(jax.eval_shape(seen, jax.random.key(0), jnp.zeros((2, *image_shape))))
+def has_statistics(net: nn.Module, image_shape: tuple[int, ...]) -> bool:
+  """Whether `forward_observed` gives statistics for images (H, W, K); nothing is computed."""
+
+  def statistics(rngs, x):
+    return forward_observed(net, net.init(rngs, x, train=False), x).statistics
+
+  return jax.eval_shape(statistics, *_abstract_inputs(image_shape)) is not None
 
 
-def count_parameters(params):
+def count_parameters(params: Tree) -> int:
   return int(parameter_overview.count_parameters(params))
 
 
-def without_head(net, variables):
-  """(net, variables) of the classifier alone: what is deployed has no feature head and no projections."""
+def deployed(net: nn.Module, variables: Tree) -> tuple[nn.Module, Tree]:
+  """(net, variables) of the classifier itself, computing in float32: what is reported, saved and exported.
+
+  Feature head and projections are taken off. A net with a field `dtype` of 16 bits gets None there, so that it computes
+  in the precision of its parameters, float32.
+  """
   while isinstance(net, FeatureHead | StageProjections):
     net, variables = net.net, {collection: tree["net"] if tree else {} for collection, tree in variables.items()}
-  return net, variables
+  return _in_full_precision(net), variables
+
+
+def is_head(path: Sequence[Any]) -> bool:
+  """Whether the parameter at `path` belongs to a feature head rather than to the net under it.
+
+  `path` is one of jax.tree_util.tree_map_with_path over the params of a net, or a tuple of names.
+  """
+  return bool(path) and getattr(path[0], "key", path[0]) in HEAD
+
+
+def _in_full_precision(net):
+  if isinstance(net, Adapted):
+    return net.clone(wrapped_module=_in_full_precision(net.wrapped_module))
+  dtype = getattr(net, "dtype", None)
+  return net.clone(dtype=None) if dtype is not None and jnp.dtype(dtype).itemsize < 4 else net
+
+
+def _init_rngs(key):
+  return {"params": key, "dropout": streams.key(key, streams.Stream.DROPOUT)}
+
+
+def _abstract_inputs(image_shape):
+  return _init_rngs(jax.random.key(0)), jnp.zeros((2, *image_shape))
 
 
 def _at(tree, path):
@@ -148,19 +195,22 @@ def _at(tree, path):
 
 
 __all__ = [
+  "GENERATORS",
   "NETS",
-  "Critic",
   "FeatureHead",
   "StageProjections",
+  "adapt",
   "classifier",
   "count_parameters",
+  "deployed",
   "feature_width",
   "forward",
   "forward_observed",
   "generator",
-  "has_batch_norm",
+  "has_statistics",
   "init",
+  "is_head",
   "output_shapes",
   "outputs",
-  "without_head",
+  "suggestion",
 ]

@@ -5,19 +5,33 @@ XLA's CPU backend turns the gradients of a convolution into forms that it runs 1
 convolution and a matrix product over patches; every other platform lowers to the native ones.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+SAVED = "convolution"  # the name of every convolution's output, for policies of rematerialisation
 
 
-def conv_general_dilated(x, w, strides, padding, *, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None, **kw):
+def conv_general_dilated(
+  x: jax.Array,
+  w: jax.Array,
+  strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  *,
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: lax.ConvDimensionNumbers | None = None,
+  **kw: Any,
+) -> jax.Array:
   """Drop-in for `lax.conv_general_dilated` in `flax.linen.Conv`; unusual convolutions go to the original.
 
-  x (N, H, W, I), w (kh, kw, I, O) -> (N, H', W', O).
+  x (N, H, W, I), w (kh, kw, I, O) -> (N, H', W', O), under the name SAVED.
   """
   usual = (
     x.ndim == 4
@@ -26,11 +40,13 @@ def conv_general_dilated(x, w, strides, padding, *, lhs_dilation=None, rhs_dilat
     and kw.get("feature_group_count", 1) == 1
     and dimension_numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
   )
-  if not usual:
-    return lax.conv_general_dilated(
+  if usual:
+    y = _conv(x, w, tuple(strides), tuple(map(tuple, padding)), kw.get("precision"))
+  else:
+    y = lax.conv_general_dilated(
       x, w, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers=dimension_numbers, **kw
     )
-  return _conv(x, w, tuple(strides), tuple(map(tuple, padding)), kw.get("precision"))
+  return checkpoint_name(y, SAVED)
 
 
 def _native(x, w, strides, padding, precision):
@@ -44,8 +60,9 @@ def _on_cpu(x, w, strides, padding, precision):
   return _native(x, w, strides, padding, precision)
 
 
-def _forward(x, w, *how):
-  return lax.platform_dependent(x, w, cpu=lambda x, w: _on_cpu(x, w, *how), default=lambda x, w: _native(x, w, *how))
+def _forward(x, w, strides, padding, precision):
+  options = {"strides": strides, "padding": padding, "precision": precision}
+  return lax.platform_dependent(x, w, cpu=partial(_on_cpu, **options), default=partial(_native, **options))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -84,9 +101,10 @@ def _patches(x, kernel_shape, strides, padding):
   kh, kw = kernel_shape[:2]
   padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
   h, w = ((padded.shape[i] - k) // s + 1 for i, k, s in zip((1, 2), (kh, kw), strides, strict=True))
-  window = lambda i, j: padded[
-    :, i : i + (h - 1) * strides[0] + 1 : strides[0], j : j + (w - 1) * strides[1] + 1 : strides[1]
-  ]
+
+  def window(i, j):
+    return padded[:, i : i + (h - 1) * strides[0] + 1 : strides[0], j : j + (w - 1) * strides[1] + 1 : strides[1]]
+
   return jnp.concatenate([window(i, j) for i in range(kh) for j in range(kw)], axis=-1)
 
 

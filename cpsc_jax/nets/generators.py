@@ -3,38 +3,38 @@
 With one class they are unconditional. `Pixels` is for methods that optimise images directly.
 """
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from cpsc_jax.nets.layers import CategoricalBatchNorm, conv, linear, torch_uniform, upsample
+from cpsc_jax.nets.convolution import SAVED
+from cpsc_jax.nets.layers import CategoricalBatchNorm, Dtype, conv, linear, torch_uniform, upsample
 
 SLOPE = 0.2
 
 
 class CifarGenerator(nn.Module):
-  """(latent (N, nz), labels (N,)) -> images (N, H, H, channels) in the teacher's normalised space, for H divisible by
-  4.
+  """(latent (N, nz), labels (N,)) -> images (N, H, H, channels), normalised as the teacher's, for H divisible by 4.
 
   Generator "D" of the published CPSC-DFKD code: two nearest-neighbour upsamplings with 3x3 convolutions. The last
   categorical batch norm follows the tanh, so the output is not bounded by 1. With one class it has no scale and bias,
-  as in DFAD's generator: an adversary would stretch the contrast without end.
+  as in DFAD's generator: an adversarial loss would increase the contrast without bound.
   """
 
   num_classes: int
   image_size: int
   channels: int = 3
   width: int = 64
-  dtype: Any = None
+  dtype: Dtype = None
 
   divisor = 4
 
   @nn.compact
-  def __call__(self, z, labels, train: bool):
-    cbn = lambda x, name, affine=True: CategoricalBatchNorm(num_classes=self.num_classes, affine=affine, name=name)(
-      x, labels, train
-    )
+  def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
+    def cbn(x, name, affine=True):
+      return CategoricalBatchNorm(num_classes=self.num_classes, affine=affine, name=name)(x, labels, train)
+
     side, wide, narrow = self.image_size // 4, 2 * self.width, self.width
     x = linear(wide * side * side, z.shape[-1], dtype=self.dtype, name="project")(z)
     x = cbn(x.reshape(-1, side, side, wide), "cbn0")
@@ -55,16 +55,17 @@ class DCGANGenerator(nn.Module):
   image_size: int
   channels: int = 3
   width: int = 64
-  dtype: Any = None
+  dtype: Dtype = None
 
   divisor = 16
 
   @nn.compact
-  def __call__(self, z, labels, train: bool):
+  def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
     normal = nn.initializers.normal(0.02)
-    cbn = lambda x, eps, name: CategoricalBatchNorm(num_classes=self.num_classes, epsilon=eps, name=name)(
-      x, labels, train
-    )
+
+    def cbn(x, eps, name):
+      return CategoricalBatchNorm(num_classes=self.num_classes, epsilon=eps, name=name)(x, labels, train)
+
     side, wide = self.image_size // 16, 8 * self.width
     x = nn.Dense(wide * side * side, dtype=self.dtype, kernel_init=normal, name="project")(z)
     x = cbn(x.reshape(-1, side, side, wide), 1e-3, "cbn0")
@@ -80,7 +81,7 @@ class DCGANGenerator(nn.Module):
         kernel_init=normal,
         name=f"conv{index}",
       )(x)
-      x = nn.leaky_relu(cbn(x, 0.8, f"cbn{index}"), SLOPE)
+      x = nn.leaky_relu(cbn(checkpoint_name(x, SAVED), 0.8, f"cbn{index}"), SLOPE)
     x = conv(self.channels, use_bias=True, dtype=self.dtype, init=normal, name="conv5")(x)
     return nn.tanh(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
@@ -95,16 +96,16 @@ class Pixels(nn.Module):
   image_size: int
   channels: int = 3
   width: int = 64
-  dtype: Any = None
+  dtype: Dtype = None
 
   divisor = 1
 
   @property
-  def latent_dim(self):
+  def latent_dim(self) -> int:
     return self.image_size**2 * self.channels
 
   @nn.compact
-  def __call__(self, z, labels, train: bool):
+  def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
     return z.reshape(-1, self.image_size, self.image_size, self.channels)
 
 

@@ -1,6 +1,6 @@
 """Layers with PyTorch's arithmetic, and the categorical batch norm that carries the class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,18 +10,21 @@ import jax.numpy as jnp
 from cpsc_jax.nets.convolution import conv_general_dilated
 from cpsc_jax.state import Output
 
+Dtype = Any  # what jnp.dtype takes; None computes in the precision of inputs and parameters
+HEAD = ("head_0", "head_2")  # the layers of `FeatureHead`, numbered as in PyTorch
+
 
 def conv(
-  features,
-  kernel=3,
-  stride=1,
-  use_bias=False,
-  dtype=None,
-  name=None,
-  init=None,
-  bias_init=nn.initializers.zeros,
-  groups=1,
-):
+  features: int,
+  kernel: int = 3,
+  stride: int = 1,
+  use_bias: bool = False,
+  dtype: Dtype = None,
+  name: str | None = None,
+  init: nn.initializers.Initializer | None = None,
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros,
+  groups: int = 1,
+) -> nn.Conv:
   """k x k convolution with PyTorch's symmetric padding k // 2 (not 'SAME', which differs at stride 2)."""
   return nn.Conv(
     features,
@@ -38,7 +41,7 @@ def conv(
   )
 
 
-def torch_uniform(fan_in):
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
   """PyTorch's default for convolutions and linear layers: U(-1, 1) / sqrt(fan_in), weights and biases alike."""
 
   def init(key, shape, dtype=jnp.float32, **_):
@@ -47,12 +50,13 @@ def torch_uniform(fan_in):
   return init
 
 
-def linear(features, fan_in, dtype=None, name=None):
+def linear(features: int, fan_in: int, dtype: Dtype = None, name: str | None = None) -> nn.Dense:
+  """Linear layer from `fan_in` to `features`, initialised as in PyTorch."""
   init = torch_uniform(fan_in)
   return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
-def moments(x):
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Mean and biased variance over all axes but the last, in at least float32: two (K,)."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = tuple(range(x.ndim - 1))
@@ -76,19 +80,21 @@ class _Normalise(nn.Module):
     mean, var = moments(x)
     if self.is_mutable_collection("batch_stats") and not self.is_initializing():
       n = x.size // x.shape[-1]
-      blend = lambda old, new: (1 - self.momentum) * old + self.momentum * new
-      running_mean.value = blend(running_mean.value, mean)
-      running_var.value = blend(running_var.value, var * (n / max(n - 1, 1)))
+      running_mean.value = self.blend(running_mean.value, mean)
+      running_var.value = self.blend(running_var.value, var * (n / max(n - 1, 1)))
     return (x.astype(stat_dtype) - mean) * jax.lax.rsqrt(var + self.epsilon)
+
+  def blend(self, old, new):
+    return (1 - self.momentum) * old + self.momentum * new
 
 
 class BatchNorm(_Normalise):
   """PyTorch's BatchNorm2d on (N, H, W, K): eps 1e-5, momentum 0.1 in PyTorch's sense, unbiased running variance."""
 
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     shape = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, shape)
     bias = self.param("bias", nn.initializers.zeros, shape)
@@ -106,11 +112,11 @@ class CategoricalBatchNorm(_Normalise):
 
   num_classes: int = 10
   epsilon: float = 1e-3
-  dtype: Any = None
+  dtype: Dtype = None
   affine: bool = True
 
   @nn.compact
-  def __call__(self, x, labels_N, train: bool):
+  def __call__(self, x: jax.Array, labels_N: jax.Array, train: bool) -> jax.Array:
     table = (self.num_classes, x.shape[-1])
     spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
     if not self.affine:
@@ -124,8 +130,8 @@ class CategoricalBatchNorm(_Normalise):
 class FeatureHead(nn.Module):
   """A classifier whose features pass a two-layer MLP to another width, so that they can be compared with a teacher's.
 
-  The MLP (width -> width -> `features`, ReLU between) reads the normalised features; its output is scaled to unit
-  length again if `normalise`. Logits and stages stay the network's own.
+  The MLP (width -> width -> `features`, ReLU between) reads the features at unit length, in float32; its output is
+  scaled to unit length again if `normalise`. Logits, stages and pooled features are those of `net`.
   """
 
   net: nn.Module
@@ -133,10 +139,10 @@ class FeatureHead(nn.Module):
   normalise: bool = True
 
   @nn.compact
-  def __call__(self, x, train: bool):
-    out = self.net(x, train)
+  def __call__(self, x: jax.Array, train: bool) -> Output:
+    out = self.net(x, train=train)
     width = out.features.shape[-1]
-    first, second = linear(width, width, name="head_0"), linear(self.features, width, name="head_2")
+    first, second = (linear(n, width, name=name) for n, name in zip((width, self.features), HEAD, strict=True))
 
     def head(features):
       mapped = second(nn.relu(first(features)))
@@ -145,48 +151,37 @@ class FeatureHead(nn.Module):
     return out.replace(features=head(out.features), head_features=head(jax.lax.stop_gradient(out.features)))
 
 
-class Critic(nn.Module):
-  """(N, D) -> (N, features) of unit length: the two-layer head under which CMI compares views."""
-
-  features: int
-
-  @nn.compact
-  def __call__(self, x):
-    width = x.shape[-1]
-    return unit(linear(self.features, width, name="second")(nn.relu(linear(width, width, name="first")(x))))
-
-
 class StageProjections(nn.Module):
-  """A classifier that also projects the spatial average of every stage to a width of the teacher's, linearly.
+  """A classifier that also projects every stage, averaged over space, to a width of the teacher's, linearly.
 
-  That is a 1x1 convolution before the average. Logits, features and stages stay the network's own.
+  That is a 1x1 convolution before the average, in float32. Logits, features and stages are those of `net`.
   """
 
   net: nn.Module
   widths: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x, train: bool):
-    out = self.net(x, train)
-    means = [jnp.mean(stage, (1, 2)).astype(jnp.float32) for stage in out.stages]
+  def __call__(self, x: jax.Array, train: bool) -> Output:
+    out = self.net(x, train=train)
+    means = [jnp.mean(stage, tuple(range(1, stage.ndim - 1))).astype(jnp.float32) for stage in out.stages]
     pairs = enumerate(zip(means, self.widths, strict=True))
     projected = tuple(linear(width, mean.shape[-1], name=f"stage_{i}")(mean) for i, (mean, width) in pairs)
     return out.replace(projected=projected)
 
 
-def unit(features_ND):
+def unit(features_ND: jax.Array) -> jax.Array:
   """Rows scaled to unit L2 norm; rows shorter than 1e-12 are divided by 1e-12, as PyTorch does."""
   x = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
   squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
 
 
-def outputs(x, stages, num_classes, name):
-  """How most classifiers end: global average of the last map (N, H, W, K), then `classify`."""
-  return classify(jnp.mean(x, (1, 2)), stages, num_classes, name)
+def outputs(x: jax.Array, stages: Sequence[jax.Array], num_classes: int, name: str) -> Output:
+  """How most classifiers end: the last map (N, H, W, K) or tokens (N, T, K) averaged over space, then `classify`."""
+  return classify(jnp.mean(x, tuple(range(1, x.ndim - 1))), stages, num_classes, name)
 
 
-def classify(features_ND, stages, num_classes, name):
+def classify(features_ND: jax.Array, stages: Sequence[jax.Array], num_classes: int, name: str) -> Output:
   """How every classifier ends: linear layer `name` on the features, and the features at unit length.
 
   Called inside a module's compact scope.
@@ -196,18 +191,19 @@ def classify(features_ND, stages, num_classes, name):
   return Output(logits, unit(features_ND), tuple(stages), pooled=wide)
 
 
-def upsample(x, factor=2):
+def upsample(x: jax.Array, factor: int = 2) -> jax.Array:
   """Nearest-neighbour upsampling of (N, H, W, K) by `factor` in both directions."""
   n, h, w, k = x.shape
   x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, factor, w, factor, k))
   return x.reshape(n, h * factor, w * factor, k)
 
 
-def max_pool(x):
+def max_pool(x: jax.Array) -> jax.Array:
+  """2x2 max-pooling of stride 2."""
   return nn.max_pool(x, (2, 2), (2, 2))
 
 
-def observe_batch_norm(call: Callable[[], Any]):
+def observe_batch_norm(call: Callable[[], Any]) -> tuple[Any, dict[tuple[str, ...], dict[str, jax.Array]]]:
   """Runs `call` and returns (its result, what every batch norm layer in it saw).
 
   The second is {module path: {"mean": (K,), "var": (K,)}} of the layer's input, variance biased, in the order of the

@@ -1,10 +1,10 @@
 """MobileNetV2 (Sandler et al., CVPR 2018) with the layout and numbering of torchvision."""
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 
-from cpsc_jax.nets.layers import BatchNorm, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.state import Output
 
 # expansion, channels, blocks, stride of the first block
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -16,10 +16,10 @@ class InvertedResidual(nn.Module):
   expansion: int
   width: int
   stride: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     hidden, first = x.shape[-1] * self.expansion, int(self.expansion > 1)
     h = x
     if first:
@@ -31,13 +31,13 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-  """(N, H, W, K) -> `Output` with seven stages. Its dropout is left out, so as a student it trains without."""
+  """(N, H, W, K) -> `Output` with seven stages. Its dropout is left out: as a student it trains without."""
 
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     x = _activated(x, 32, 3, 2, 1, self.dtype, "features_0", train)
     stages, number = [], 1
     for expansion, width, count, stride in GROUPS:

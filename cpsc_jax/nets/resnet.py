@@ -1,20 +1,20 @@
 """ResNet-18/34/50 (He et al., CVPR 2016): for small images with a 3x3 stem and no max-pooling, or for ImageNet."""
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 
-from cpsc_jax.nets.layers import BatchNorm, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.state import Output
 
 
 class BasicBlock(nn.Module):
   width: int
   stride: int
-  dtype: Any = None
+  dtype: Dtype = None
   expansion = 1
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
     h = nn.relu(BatchNorm(name="bn1")(h, train))
     h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
@@ -24,11 +24,11 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
   width: int
   stride: int
-  dtype: Any = None
+  dtype: Dtype = None
   expansion = 4
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     h = nn.relu(BatchNorm(name="bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x), train))
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv2")(h)
     h = nn.relu(BatchNorm(name="bn2")(h, train))
@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
     return nn.relu(h + projected(x, width, self.stride, self.dtype, train))
 
 
-def projected(x, width, stride, dtype, train):
+def projected(x: jax.Array, width: int, stride: int, dtype: Dtype, train: bool) -> jax.Array:
   """The input itself, or its 1x1 projection where stride or width change; called inside a block's compact scope."""
   if stride == 1 and x.shape[-1] == width:
     return x
@@ -53,11 +53,11 @@ class ResNet(nn.Module):
   blocks: tuple[int, ...]
   block: type[nn.Module]
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
   imagenet: bool = False
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     kernel, stride = (7, 2) if self.imagenet else (3, 1)
     x = nn.relu(BatchNorm(name="bn1")(conv(64, kernel, stride, dtype=self.dtype, name="conv1")(x), train))
     if self.imagenet:
@@ -71,13 +71,13 @@ class ResNet(nn.Module):
     return outputs(x, stages, self.num_classes, "linear")
 
 
-def resnet18(num_classes, dtype=None, imagenet=False):
+def resnet18(num_classes: int, dtype: Dtype = None, imagenet: bool = False) -> ResNet:
   return ResNet((2, 2, 2, 2), BasicBlock, num_classes, dtype, imagenet)
 
 
-def resnet34(num_classes, dtype=None, imagenet=False):
+def resnet34(num_classes: int, dtype: Dtype = None, imagenet: bool = False) -> ResNet:
   return ResNet((3, 4, 6, 3), BasicBlock, num_classes, dtype, imagenet)
 
 
-def resnet50(num_classes, dtype=None, imagenet=False):
+def resnet50(num_classes: int, dtype: Dtype = None, imagenet: bool = False) -> ResNet:
   return ResNet((3, 4, 6, 3), Bottleneck, num_classes, dtype, imagenet)

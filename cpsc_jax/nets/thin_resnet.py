@@ -1,30 +1,31 @@
 """Residual networks of 16, 32 and 64 channels for small images, as public CIFAR code has them: two families."""
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.nets.layers import BatchNorm, classify, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, classify, conv, outputs
 from cpsc_jax.nets.resnet import projected
+from cpsc_jax.state import Output
 
 WIDTHS = (16, 32, 64)
 
 
 class Block(nn.Module):
-  """Two 3x3 convolutions and a shortcut, added; what follows the addition is the network's affair.
+  """Two 3x3 convolutions and a shortcut, added; the ReLU after the addition belongs to the network.
 
-  A free shortcut takes every second pixel and fills new channels with zeros on both sides; otherwise it is projected.
+  A free shortcut has no parameters: it takes every second pixel and fills new channels with zeros on both sides.
+  Otherwise the shortcut is projected.
   """
 
   width: int
   stride: int
   free: bool
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
     h = nn.relu(BatchNorm(name="bn1")(h, train))
     h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
@@ -39,10 +40,10 @@ class CifarResNet(nn.Module):
 
   depth: int
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     x = nn.relu(BatchNorm(name="bn1")(conv(16, dtype=self.dtype, name="conv1")(x), train))
     stages = []
     for stage, width in enumerate(WIDTHS):
@@ -61,12 +62,12 @@ class SmallResNet(nn.Module):
 
   depth: int
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     if min(x.shape[1:3]) < 16:
-      raise Refusal(f"small_resnet{self.depth} averages over 4x4 of its last map; images of 16 pixels are the least.")
+      raise Refusal(f"small_resnet{self.depth} needs images of at least 16 pixels, got {min(x.shape[1:3])}.")
     x = nn.relu(BatchNorm(name="bn1")(conv(64, dtype=self.dtype, name="conv1")(x), train))
     stages = []
     for stage, width in enumerate(WIDTHS):

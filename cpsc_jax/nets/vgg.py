@@ -1,13 +1,13 @@
 """VGG with batch norm (Simonyan & Zisserman, ICLR 2015): as data-free distillation uses it on CIFAR, and ImageNet's."""
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.nets.layers import BatchNorm, classify, conv, max_pool, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, classify, conv, max_pool, outputs
+from cpsc_jax.state import Output
 
 
 class VGG(nn.Module):
@@ -18,10 +18,10 @@ class VGG(nn.Module):
 
   convs: tuple[int, ...]
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     height = x.shape[1]
     stages = []
     for stage, (count, width) in enumerate(zip(self.convs, (64, 128, 256, 512, 512), strict=True)):
@@ -34,15 +34,15 @@ class VGG(nn.Module):
     return outputs(x, stages, self.num_classes, "classifier")
 
 
-def vgg11(num_classes, dtype=None):
+def vgg11(num_classes: int, dtype: Dtype = None) -> VGG:
   return VGG((1, 1, 2, 2, 2), num_classes, dtype)
 
 
-def vgg13(num_classes, dtype=None):
+def vgg13(num_classes: int, dtype: Dtype = None) -> VGG:
   return VGG((2, 2, 2, 2, 2), num_classes, dtype)
 
 
-def vgg16(num_classes, dtype=None):
+def vgg16(num_classes: int, dtype: Dtype = None) -> VGG:
   return VGG((2, 2, 3, 3, 3), num_classes, dtype)
 
 
@@ -50,18 +50,18 @@ class ImageNetVGG(nn.Module):
   """(N, H, W, K) -> `Output`: torchvision's VGG with batch norm, for images of 32 pixels and more.
 
   Five stages, each followed by max-pooling; adaptive average to 7x7; three linear layers, of which the second gives
-  the features. Layers are numbered as in torchvision. Its two dropouts are left out, so as a student it trains without.
+  the features. Layers are numbered as in torchvision. Its two dropouts are left out: as a student it trains without.
   """
 
   convs: tuple[int, ...]
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
   hidden: int = 4096
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     if min(x.shape[1:3]) < 32:
-      raise Refusal(f"imagenet_vgg halves its images five times; {min(x.shape[1:3])} pixels are too few, 32 the least.")
+      raise Refusal(f"imagenet_vgg needs images of at least 32 pixels, got {min(x.shape[1:3])}.")
     stages, number = [], 0
     for count, width in zip(self.convs, (64, 128, 256, 512, 512), strict=True):
       for _ in range(count):
@@ -79,7 +79,7 @@ class ImageNetVGG(nn.Module):
     return classify(x, stages, self.num_classes, "classifier_6")
 
 
-def adaptive_average(x, size):
+def adaptive_average(x: jax.Array, size: int) -> jax.Array:
   """(N, H, W, K) -> (N, size, size, K): PyTorch's adaptive average pooling, whose windows may overlap."""
 
   def averages(have):
@@ -90,17 +90,17 @@ def adaptive_average(x, size):
   return jnp.einsum("nhwk,ih,jw->nijk", x, averages(x.shape[1]), averages(x.shape[2]))
 
 
-def imagenet_vgg11(num_classes, dtype=None):
+def imagenet_vgg11(num_classes: int, dtype: Dtype = None) -> ImageNetVGG:
   return ImageNetVGG((1, 1, 2, 2, 2), num_classes, dtype)
 
 
-def imagenet_vgg13(num_classes, dtype=None):
+def imagenet_vgg13(num_classes: int, dtype: Dtype = None) -> ImageNetVGG:
   return ImageNetVGG((2, 2, 2, 2, 2), num_classes, dtype)
 
 
-def imagenet_vgg16(num_classes, dtype=None):
+def imagenet_vgg16(num_classes: int, dtype: Dtype = None) -> ImageNetVGG:
   return ImageNetVGG((2, 2, 3, 3, 3), num_classes, dtype)
 
 
-def imagenet_vgg19(num_classes, dtype=None):
+def imagenet_vgg19(num_classes: int, dtype: Dtype = None) -> ImageNetVGG:
   return ImageNetVGG((2, 2, 4, 4, 4), num_classes, dtype)

@@ -1,19 +1,19 @@
 """Wide residual networks WRN-d-k (Zagoruyko & Komodakis, BMVC 2016), pre-activation, for small images."""
 
-from typing import Any
-
 import flax.linen as nn
+import jax
 
-from cpsc_jax.nets.layers import BatchNorm, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.state import Output
 
 
 class Block(nn.Module):
   width: int
   stride: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     activated = nn.relu(BatchNorm(name="bn1")(x, train))
     shortcut = x
     if x.shape[-1] != self.width:
@@ -29,10 +29,10 @@ class WideResNet(nn.Module):
   depth: int
   widen: int
   num_classes: int
-  dtype: Any = None
+  dtype: Dtype = None
 
   @nn.compact
-  def __call__(self, x, train: bool):
+  def __call__(self, x: jax.Array, train: bool) -> Output:
     x = conv(16, dtype=self.dtype, name="conv1")(x)
     stages = []
     for group, width in enumerate((16, 32, 64), start=1):
