@@ -2,10 +2,10 @@
 
   python -m benchmarks.methods --config configs/digits.py --seeds 3 [--jobs 2] [--only cpsc,rgal] [--out runs/methods]
 
-Each row of each seed is a run of its own under --out/ROW-SEED, all with the teacher of that seed, so that a row that is
-finished is not run again and one that was interrupted goes on. methods.md and methods.json under --out are written
-anew after each. With --jobs N so many runs share the cores, each keeping to its own. Settings are those of
-configs/METHOD_cifar10.py for the config's data set, digits or cifar10; control arms are the config's own.
+Each row of each seed is a run of its own in OUT/ROW-SEED, all with the teacher of that seed. A finished run is not
+repeated and an interrupted one resumes. OUT/methods.md and OUT/methods.json are written again after each. With --jobs N
+that many runs are under way at a time, each on its own share of the cores. Settings are those of
+configs/METHOD_cifar10.py for the config's data set, digits or cifar10; control arms have the config's own.
 """
 
 import argparse
@@ -18,17 +18,35 @@ import queue
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.main import config_file
+from cpsc_jax.main import config_path
 from cpsc_jax.methods import METHODS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+KEPT = (
+  "seed",
+  "arm",
+  "method",
+  "teacher",
+  "student",
+  "generator",
+  "evaluation",
+  "samples",
+  "seconds",
+  "seconds_by_part",
+  "hardware",
+)  # of results.json
 TRIPLETS = ("--config.loss.generator.triplet=0.1", "--config.loss.student.triplet=0.1")
 
 
-def rows(config):
-  """{row: (config file with variant, more flags)} for the base config FILE or FILE:smoke, methods first."""
+def rows(config: str | pathlib.Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+  """{row: (config file with variant, more flags)} for the base config FILE or FILE:smoke, methods first.
+
+  Raises:
+    Refusal: a config for which the other methods have no settings.
+  """
   file, _, variant = str(config).partition(":")
   name = pathlib.Path(file).stem
   if name not in ("digits", "cifar10") or variant not in ("", "smoke"):
@@ -36,37 +54,44 @@ def rows(config):
       f"there are settings of every method for configs/digits.py and cifar10.py (and :smoke), not {config}."
     )
   variant = "_".join(part for part in ("digits" if name == "digits" else "", variant) if part)
-  neighbour = lambda method: f"{pathlib.Path(file).with_name(f'{method}_cifar10.py')}:{variant}".rstrip(":")
+
+  def of_method(method: str) -> str:
+    return f"{pathlib.Path(file).with_name(f'{method}_cifar10.py')}:{variant}".rstrip(":")
+
   return {
-    "cpsc": (config, ()),
-    **{method: (neighbour(method), ()) for method in METHODS if method != "cpsc"},
-    "cpsc + triplets": (config, TRIPLETS),
-    **{arm: (config, (f"--config.arm={arm}",)) for arm in ("untrained_generator", "real_kd", "real_labels")},
+    "cpsc": (str(config), ()),
+    **{method: (of_method(method), ()) for method in METHODS if method != "cpsc"},
+    "cpsc + triplets": (str(config), TRIPLETS),
+    **{arm: (str(config), (f"--config.arm={arm}",)) for arm in ("untrained_generator", "real_kd", "real_labels")},
   }
 
 
-def run(config, flags, workdir, cores):
-  """Runs or resumes one row in a process of its own that keeps to `cores`; a Refusal if it fails."""
+def run(config: str, flags: Sequence[str], workdir: pathlib.Path, cores: set[int]) -> None:
+  """Runs or resumes one row in a process of its own, on these `cores` only.
+
+  Raises:
+    Refusal: the run failed; its last line is quoted.
+  """
   if (workdir / "results.json").exists():
     return
   command = [sys.executable, "-m", "cpsc_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with open(f"{workdir}.log", "a") as log:
-    keep_to = functools.partial(os.sched_setaffinity, 0, cores)
-    done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=keep_to, check=False)
+    pin = functools.partial(os.sched_setaffinity, 0, cores)
+    done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin, check=False)
   if done.returncode:
     last = pathlib.Path(f"{workdir}.log").read_text().strip().splitlines()[-1:]
     raise Refusal(f"{workdir} failed with {done.returncode}: {' '.join(last)}")
 
 
-def shares(jobs):
-  """The cores of this process dealt out to `jobs` runs."""
+def shares(jobs: int) -> list[set[int]]:
+  """The cores of this process, divided among `jobs` runs; fewer shares where there are fewer cores."""
   cores = sorted(os.sched_getaffinity(0))
   return [set(cores[job::jobs]) for job in range(min(jobs, len(cores)))]
 
 
-def figures(out, names, seeds):
-  """What is known of every row so far: {row: [results of a seed, ...]}."""
+def finished_results(out: pathlib.Path, names: Iterable[str], seeds: int) -> dict[str, list[dict]]:
+  """The results of every row so far: {row: [results of a seed, ...]}."""
   found = {}
   for name in names:
     paths = [folder(out, name, seed) / "results.json" for seed in range(seeds)]
@@ -74,17 +99,17 @@ def figures(out, names, seeds):
   return found
 
 
-def folder(out, name, seed):
+def folder(out: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """Where a row of one seed is run."""
   return out / f"{name.replace(' ', '')}-{seed}"
 
 
-def table(found):
+def table(found: Mapping[str, list[dict]]) -> str:
   """The rows as Markdown."""
   lines = [
     "| row | seeds | last epoch | mean | best epoch | mean | gap to teacher | wall clock | images drawn |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
-  each = lambda values: ", ".join(f"{value:.4f}" for value in values)
   for name, results in found.items():
     if not results:
       lines.append(f"| {name} | not measured | | | | | | | |")
@@ -93,43 +118,43 @@ def table(found):
     gap = statistics.mean(r["teacher"]["accuracy"] - value for r, value in zip(results, last, strict=True))
     seconds = statistics.median(r["seconds_by_part"]["student"] for r in results)
     lines.append(
-      f"| {name} | {', '.join(str(r['seed']) for r in results)} | {each(last)} | {statistics.mean(last):.4f} |"
-      f" {each(best)} | {statistics.mean(best):.4f} | {gap:.4f} | {seconds:.0f} s |"
+      f"| {name} | {', '.join(str(r['seed']) for r in results)} | {four_digits(last)} | {statistics.mean(last):.4f} |"
+      f" {four_digits(best)} | {statistics.mean(best):.4f} | {gap:.4f} | {seconds:.0f} s |"
       f" {results[0]['samples']['generator']:,} |"
     )
   return "\n".join(lines)
 
 
-def write(out, found):
-  """methods.md and methods.json of what is known so far."""
-  hardware = next((r["hardware"] for results in found.values() for r in results), {})
-  note = "Median wall clock of the student's training" + (
-    f" on {hardware['cores']} core(s) of {hardware['cpu']}." if hardware else "."
+def four_digits(values: Iterable[float]) -> str:
+  return ", ".join(f"{value:.4f}" for value in values)
+
+
+def note(found: Mapping[str, list[dict]]) -> str:
+  """What the table was measured on."""
+  some = next((r for results in found.values() for r in results), None)
+  if some is None:
+    return "Nothing is measured yet."
+  hardware, evaluation = some["hardware"], some["evaluation"]
+  return (
+    f"Accuracies on {evaluation['images']} {evaluation['split']} images. Median wall clock of the student's training"
+    f" on {hardware['cores']} core(s) of {hardware['cpu']}."
   )
-  (out / "methods.md").write_text(f"{table(found)}\n\n{note}\n")
-  kept = (
-    "seed",
-    "arm",
-    "method",
-    "teacher",
-    "student",
-    "generator",
-    "samples",
-    "seconds",
-    "seconds_by_part",
-    "hardware",
-  )
-  brief = {name: [{key: r[key] for key in kept} for r in results] for name, results in found.items()}
+
+
+def write(out: pathlib.Path, found: Mapping[str, list[dict]]) -> None:
+  """methods.md and methods.json of the results so far."""
+  (out / "methods.md").write_text(f"{table(found)}\n\n{note(found)}\n")
+  brief = {name: [{key: r[key] for key in KEPT} for r in results] for name, results in found.items()}
   (out / "methods.json").write_text(json.dumps(brief, indent=2) + "\n")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
   """Parses flags, runs what is missing, writes the table; returns the exit code."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.methods", description=__doc__.split("\n")[0], allow_abbrev=False
   )
   parser.add_argument(
-    "--config", default=str(REPOSITORY / "configs" / "digits.py"), help="configs/digits.py or cifar10.py"
+    "--config", default=str(REPOSITORY / "configs" / "digits.py"), help="digits.py (default) or cifar10.py"
   )
   parser.add_argument("--seeds", type=int, default=3, help="0 .. SEEDS - 1 (default: %(default)s)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
@@ -137,14 +162,15 @@ def main(argv=None):
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/methods"), help="(default: %(default)s)")
   options, rest = parser.parse_known_args(argv)
   try:
-    if strange := [flag for flag in rest if not flag.startswith("--config.")]:
-      raise Refusal(f"'{strange[0]}' is neither a flag of this program nor --config.KEY=VALUE.")
-    if not config_file([f"--config={options.config}"]).is_file():
-      raise Refusal(f"no config file '{options.config}'.")
+    if unknown := [flag for flag in rest if not flag.startswith("--config.")]:
+      raise Refusal(f"unknown flag '{unknown[0]}'; use those of --help, or --config.KEY=VALUE.")
+    options.config = config_path(options.config)
+    if not pathlib.Path(options.config.partition(":")[0]).is_file():
+      raise Refusal(f"no config file '{options.config}'; give configs/digits.py or configs/cifar10.py.")
     every = rows(options.config)
     names = options.only.split(",") if options.only else list(every)
     if unknown := [name for name in names if name not in every]:
-      raise Refusal(f"no row '{unknown[0]}'; there are {', '.join(every)}.")
+      raise Refusal(f"no row '{unknown[0]}'; choose from {', '.join(every)}.")
     work(options, rest, {name: every[name] for name in names})
   except Refusal as refusal:
     print(f"methods: {refusal}", file=sys.stderr)
@@ -153,14 +179,17 @@ def main(argv=None):
   return 0
 
 
-def work(options, rest, chosen):
+def work(options: argparse.Namespace, rest: Sequence[str], chosen: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
   """Trains the teachers (in the rows of real_labels, which need no other), then runs all rows that are not finished."""
-  out, free = options.out, queue.Queue()
+  out, every, seeds, free = options.out, rows(options.config), range(options.seeds), queue.Queue()
   for cores in shares(options.jobs):
     free.put(cores)
-  report = lambda: write(out, figures(out, chosen, options.seeds))
 
-  def one(name, config, flags, seed, teacher=None):
+  def write_all() -> None:
+    write(out, finished_results(out, chosen, options.seeds))
+
+  def one(name: str, seed: int, teacher: pathlib.Path | None = None) -> None:
+    config, flags = every[name]
     cores = free.get()
     try:
       given = [f"--config.teacher.checkpoint={teacher}"] if teacher else []
@@ -168,23 +197,17 @@ def work(options, rest, chosen):
     finally:
       free.put(cores)
     print(f"{name}, seed {seed}: done", flush=True)
-    report()
+    write_all()
 
-  def all_of(tasks):
+  def in_parallel(tasks: Iterable[tuple]) -> None:
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
       for future in [pool.submit(one, *task) for task in tasks]:
         future.result()
 
-  config, flags = rows(options.config)["real_labels"]
-  all_of(("real_labels", config, flags, seed) for seed in range(options.seeds))
-  teacher = lambda seed: (folder(out, "real_labels", seed) / "teacher").absolute()
-  all_of(
-    (name, config, flags, seed, teacher(seed))
-    for seed in range(options.seeds)
-    for name, (config, flags) in chosen.items()
-    if name != "real_labels"
-  )
-  report()
+  teachers = {seed: (folder(out, "real_labels", seed) / "teacher").absolute() for seed in seeds}
+  in_parallel(("real_labels", seed) for seed in seeds)
+  in_parallel((name, seed, teachers[seed]) for seed in seeds for name in chosen if name != "real_labels")
+  write_all()
 
 
 if __name__ == "__main__":

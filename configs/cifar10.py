@@ -1,8 +1,9 @@
-"""python -m cpsc_jax.main --config configs/cifar10.py
+"""cpsc-jax --config cifar10
 
 CIFAR-10, ResNet-34 -> ResNet-18. The authors' settings for this data set were not published: this is their CIFAR-100
-schedule with the logarithmic distillation terms of their CIFAR-10 branch. Accuracy: not measured; neighbouring methods
-report 92.2 to 95.3 % at their best epoch from a teacher of 95.70 % (README.md).
+schedule with the logarithmic distillation terms of their CIFAR-10 branch. Neighbouring methods report 92.2 to 95.3 % at
+their best epoch, from a teacher of 95.70 %. Accuracy of this code: not measured at this size; docs/results.md has a run
+cut down to two CPU cores.
 """
 
 from cpsc_jax.configs import default

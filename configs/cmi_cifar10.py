@@ -1,13 +1,14 @@
-"""python -m cpsc_jax.main --config configs/cmi_cifar10.py
+"""cpsc-jax --config cmi_cifar10
 
-CMI on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of its published scripts. Published (best epoch, teacher
-94.87 %): 90.01 % from images inverted beforehand, 88.82 % from nothing, as here; WRN-40-1 92.78 %, WRN-16-2 92.52 %,
-ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. What the critic compares are the teacher's
-stages, as published for ResNets; for others the published code takes the input of every batch norm.
+CMI on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of its published scripts. Published (best epoch, teacher of
+94.87 %): 90.01 % with images inverted beforehand, 88.82 % without, as here; WRN-40-1 92.78 %, WRN-16-2 92.52 %,
+ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. The critic compares the teacher's stages, as in the
+published code for ResNets; for other nets that code takes the input of every batch norm.
+
+`--config cmi_cifar10:digits` is CMI on the digits; docs/results.md has its accuracy.
 """
 
 import ml_collections
-
 from cpsc_jax.configs import default, family
 
 

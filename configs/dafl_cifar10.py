@@ -1,8 +1,10 @@
-"""python -m cpsc_jax.main --config configs/dafl_cifar10.py
+"""cpsc-jax --config dafl_cifar10
 
-DAFL on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark. Published there (best epoch, teacher
+DAFL on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark. Published there (best epoch, teacher of
 94.87 %): 65.71 %; WRN-40-1 81.33 %, WRN-16-2 81.55 %, ResNet-34 -> ResNet-18 92.22 %. Accuracy of this code: not
 measured.
+
+`--config dafl_cifar10:digits` is DAFL on the digits; docs/results.md has its accuracy.
 """
 
 from cpsc_jax.configs import default, family

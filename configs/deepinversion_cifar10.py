@@ -1,9 +1,11 @@
-"""python -m cpsc_jax.main --config configs/deepinversion_cifar10.py
+"""cpsc-jax --config deepinversion_cifar10
 
-DeepInversion with its adaptive term on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark.
-Published there (best epoch, teacher 94.87 %): 83.04 %; WRN-40-1 86.85 %, WRN-16-2 89.72 %, ResNet-34 -> ResNet-18
-93.26 %. Accuracy of this code: not measured. Two things differ from the published code: images are jittered by random
-crops, not by rolls, and pixels are not clipped to the range of colours.
+DeepInversion with its adaptive term on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of CMI's benchmark. Published
+there (best epoch, teacher of 94.87 %): 83.04 %; WRN-40-1 86.85 %, WRN-16-2 89.72 %, ResNet-34 -> ResNet-18 93.26 %.
+Accuracy of this code: not measured. Two things differ from the published code: images are jittered by random crops
+instead of rolls, and pixels are not clipped to the range of colours.
+
+`--config deepinversion_cifar10:digits` is DeepInversion on the digits; docs/results.md has its accuracy.
 """
 
 from cpsc_jax.configs import default, family

@@ -1,8 +1,7 @@
 """Every key of a run, with its meaning. The other configs override about ten of them.
 
-Keys are locked: an unknown one on the command line is refused. `--config configs/NAME.py:smoke` is the same run cut
-down to seconds. Accuracies quoted in configs are fractions of the whole test split at the last epoch unless they say
-"best".
+Keys are locked: an unknown one is refused. `--config NAME:smoke` is the same run cut down to seconds. What was measured
+with these configs is in docs/results.md; at their heads stands what others have published.
 """
 
 import ml_collections
@@ -92,7 +91,7 @@ def get_config(variant=""):
   c.pool = o = ml_collections.ConfigDict()
   o.size = 51200  # images held; the newest replace the oldest
   o.batch_size = 256  # images made at a time, over all devices together
-  o.fresh_share = 0.0  # share of the student's batch that the generator draws afresh; the rest comes from the pool
+  o.fresh_share = 0.0  # share of the student's batch that the current generator draws; the rest comes from the pool
 
   c.schedule = e = ml_collections.ConfigDict()
   e.epochs = 600  # of the distillation, and of a control arm's student

@@ -1,8 +1,10 @@
-"""python -m cpsc_jax.main --config configs/dfad_cifar10.py
+"""cpsc-jax --config dfad_cifar10
 
-DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code, but for the student's learning
-rate: a cosine here, steps at epochs 100 and 200 there. Its README gives figures as a picture only; they are not known
-here. Accuracy of this code: not measured.
+DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code except for the student's learning
+rate, which falls by a cosine here and in steps at epochs 100 and 200 there. Its README gives figures as a picture only;
+they are not known here. Accuracy of this code: not measured.
+
+`--config dfad_cifar10:digits` is DFAD on the digits; docs/results.md has its accuracy.
 """
 
 from cpsc_jax.configs import default, family

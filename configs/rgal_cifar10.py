@@ -1,9 +1,10 @@
-"""python -m cpsc_jax.main --config configs/rgal_cifar10.py
+"""cpsc-jax --config rgal_cifar10
 
-RGAL on CIFAR-10, WRN-40-2 -> WRN-16-2, with the settings of its published code: 200 epochs, each one batch of 256
-images from 400 steps, then 400 student steps of 128. Accuracy: not measured; the paper's tables are not known here,
-and from a teacher of 94.87 % its neighbours reach 92.5 % (best epoch, README.md). The digits: `--config
-configs/rgal_cifar10.py:digits`, figures in README.md.
+RGAL on CIFAR-10, WRN-40-2 -> WRN-16-2, with the settings of its published code: 200 epochs, each with one batch of 256
+images from 400 generator steps, then 400 student steps of 128. The tables of its paper are not known here; neighbouring
+methods reach up to 92.5 % (best epoch) from a teacher of 94.87 %. Accuracy of this code: not measured.
+
+`--config rgal_cifar10:digits` is RGAL on the digits; docs/results.md has its accuracy.
 """
 
 from cpsc_jax.configs import default, family

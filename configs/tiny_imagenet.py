@@ -1,7 +1,8 @@
-"""python -m cpsc_jax.main --config configs/tiny_imagenet.py
+"""cpsc-jax --config tiny_imagenet
 
 Tiny-ImageNet (200 classes, 64x64), ResNet-34 -> ResNet-18. The authors' settings for this data set were not published:
-this is their CIFAR-100 schedule at half the batch, for memory. Accuracy: not measured; SpaceshipNet reports 64.04 %.
+this is their CIFAR-100 schedule with half the batch, to save memory. SpaceshipNet reports 64.04 %. Accuracy of this
+code: not measured.
 """
 
 from cpsc_jax.configs import default

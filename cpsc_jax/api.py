@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from cpsc_jax import checkpoint, datasets, main, nets, sample, saved
-from cpsc_jax.config import REAL_ARMS
+from cpsc_jax.config import REAL_ARMS, flatten
 from cpsc_jax.datasets import Dataset, InMemory
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.interop import export
@@ -19,14 +19,6 @@ from cpsc_jax.mesh import make_mesh, replicate
 from cpsc_jax.run import run
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
-
-FORMATS = {
-  ".onnx": "onnx",
-  ".safetensors": "safetensors",
-  ".pt": "torch",
-  ".pth": "torch",
-  ".stablehlo": "stablehlo",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +60,15 @@ class Run:
     return datasets.denormalise(images, card["mean"], card["std"])
 
   def export(self, path: str | pathlib.Path) -> float:
-    """Writes the student to the new file `path`, in the format of its suffix (see FORMATS).
+    """Writes the student to the new file `path`, as its suffix says: .onnx, .safetensors, .pt, .pth or .stablehlo.
 
     Returns the largest difference between the file's outputs and the student's, as a fraction of the largest output.
 
     Raises:
       Refusal: an unknown suffix, a missing package, or a file that cannot be written.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in FORMATS:
-      raise Refusal(f"cannot tell a format from '{path.name}'; end its name in one of {', '.join(FORMATS)}.")
     card = {**self.card, "digest": checkpoint.digest(self.student[1])}
-    return export.export_net(saved.SavedNet(*self.student, card), FORMATS[path.suffix], path)
+    return export.export_net(saved.SavedNet(*self.student, card), export.format_of(path), path)
 
 
 def distill(
@@ -119,10 +108,14 @@ def distill(
   Raises:
     Refusal: names what does not fit, and how to mend it.
   """
-  c = _config(config, student if isinstance(student, str) else _register(student, image_shape), overrides or {})
-  height, width, channels = image_shape
-  if height != width:
-    raise Refusal(f"image_shape is {tuple(image_shape)}; images must be square.")
+  image_shape, saved_teacher = tuple(image_shape), isinstance(teacher, str | pathlib.Path)
+  if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
+    raise Refusal(f"image_shape is {image_shape}; images must be square: (H, W, K) with H = W.")
+  _check_pair("test", test, "(images, labels)")
+  if not saved_teacher:
+    _check_pair("teacher", teacher, "(module, variables), or the folder of a saved teacher")
+  name = student if isinstance(student, str) else _register(student, image_shape, num_classes)
+  c, (height, _, channels) = _config(config, name, overrides or {}), image_shape
   statistics = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
   for name, values in statistics.items():
     if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
@@ -130,10 +123,12 @@ def distill(
   spec = Dataset(num_classes, height, channels, **statistics, sizes={}, photographs=photographs)
   data, given = InMemory(spec, *test, class_names), None
   c.dataset.name = data.name
-  if isinstance(teacher, str | pathlib.Path):
+  if saved_teacher:
+    _check_normalisation(teacher, statistics)
     c.teacher.checkpoint = str(teacher)
   else:
-    c.teacher.checkpoint, given = "given from Python", _given_teacher(*teacher, data)
+    given = _given_teacher(*teacher, data)
+    c.teacher.checkpoint = f"given from Python, digest {given.card['digest'][:16]}"  # a workdir is of one teacher only
   finished = run(c, workdir, data=data, given=given, on_epoch=on_epoch)
   if finished.student is None:
     return _reopened(pathlib.Path(workdir), finished.results)
@@ -147,10 +142,17 @@ def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Ma
   if isinstance(config, str):
     config, _ = main.parse(["distill", f"--config={config}"])
   c = ml_collections.ConfigDict(config.to_dict()).lock()
-  try:
-    c.update_from_flattened_dict({"student.net": student, **overrides})
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise Refusal(f"overrides: {main.last_line(error)}; configs/default.py explains every key.") from error
+  values = dict(flatten(c))
+  for key, value in {"student.net": student, **overrides}.items():
+    if key not in values:
+      raise Refusal(
+        f"the config has no key '{key}'{nets.suggestion(key, values)}; configs/default.py explains all keys."
+      )
+    try:
+      c.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError) as error:
+      kind = type(values[key]).__name__
+      raise Refusal(f"config.{key} is {value!r}; it must be of type {kind}, such as {values[key]!r}.") from error
   if c.arm in REAL_ARMS or c.evaluate.split != "test":
     raise Refusal(
       f"config.arm is '{c.arm}' and config.evaluate.split '{c.evaluate.split}'; from arrays only data-free arms on"
@@ -159,26 +161,56 @@ def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Ma
   return c
 
 
-def _register(student: Any, image_shape: Sequence[int]) -> str:
+def _check_pair(name: str, value: Any, expected: str) -> None:
+  if not isinstance(value, tuple | list) or len(value) != 2:
+    raise Refusal(f"{name} must be {expected}; got {type(value).__name__}.")
+
+
+def _check_normalisation(folder: str | pathlib.Path, statistics: Mapping[str, tuple[float, ...]]) -> None:
+  """Refuses another mean or std than the saved teacher's; how many there must be is checked with its channels."""
+  card = checkpoint.read_card(folder)
+  for key, values in statistics.items():
+    if len(card.get(key, ())) == len(values) and not np.allclose(card[key], values):
+      raise Refusal(f"the teacher in {folder} has {key} {card[key]}, not {list(values)}; give its own.")
+
+
+def _adapted(module: Any, image_shape: tuple[int, ...]) -> Any:
+  """A module of the caller's that returns an `Output`, tried on two images."""
+  try:
+    return nets.adapt(module, image_shape)
+  except Refusal:
+    raise
+  except Exception as error:  # a module of the caller's may raise anything
+    raise Refusal(
+      f"{type(module).__name__} cannot be applied to images of shape {image_shape}: {first_line(error)}"
+    ) from error
+
+
+def _register(student: Any, image_shape: tuple[int, ...], num_classes: int) -> str:
   """Makes a module of the caller's known by the name of its type."""
-  module, name = nets.adapt(student, tuple(image_shape)), type(student).__name__
+  module, name = _adapted(student, image_shape), type(student).__name__
+  _check_logits("student", nets.output_shapes(module, image_shape).logits, num_classes)
   nets.NETS[name] = lambda num_classes, dtype=None: module
   return name
 
 
+def _check_logits(who: str, logits: jax.ShapeDtypeStruct, num_classes: int) -> None:
+  if logits.shape != (2, num_classes):
+    raise Refusal(f"the {who} gives {logits.shape[-1]} logits, and num_classes is {num_classes}.")
+
+
 def _given_teacher(module: Any, variables: Tree, data: InMemory) -> Teacher:
   """The caller's module and variables as a teacher, tried on two images."""
-  spec, net = data.spec, nets.adapt(module, data.spec.image_shape)
+  spec, net = data.spec, _adapted(module, data.spec.image_shape)
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    raise Refusal("the teacher's variables have no 'params'; expected them as module.init returns them.")
   variables = {"batch_stats": {}, **variables}
-  if "params" not in variables:
-    raise Refusal(f"the teacher's variables have {', '.join(variables)}; expected what module.init returns, with params.")
   x = jax.ShapeDtypeStruct((2, *spec.image_shape), np.float32)
   try:
     logits = jax.eval_shape(lambda x: net.apply(variables, x, train=False), x).logits
   except Exception as error:  # a module of the caller's may raise anything
     raise Refusal(f"the teacher cannot be applied to its variables: {first_line(error)}") from error
-  if logits.shape != (2, spec.num_classes):
-    raise Refusal(f"the teacher gives {logits.shape[-1]} logits, and num_classes is {spec.num_classes}.")
+  _check_logits("teacher", logits, spec.num_classes)
   card = {
     "net": type(module).__name__,
     "num_classes": spec.num_classes,

@@ -44,9 +44,7 @@ def share_equal(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.mean((a == b).astype(jnp.float32))
 
 
-def compile_sampler(
-  setup: Setup, per_class: int
-) -> Callable[[State, Tree, jax.Array], tuple[jax.Array, jax.Array]]:
+def compile_sampler(setup: Setup, per_class: int) -> Callable[[State, Tree, jax.Array], tuple[jax.Array, jax.Array]]:
   """(state, teacher variables, key) -> (images, fidelity): up to `per_class` samples of every class.
 
   images are (C, per_class, H, W, K) in normalised space, 0 where the pool of a method has fewer. fidelity (C,) is the

@@ -75,7 +75,7 @@ def take(
       is never rematerialised.
   """
   if policy.rematerialise:
-    loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
+    loss = rematerialised(loss)
 
   def on_part(stats: Tree, part: Tree, key: jax.Array) -> Gradients:
     given = constants(part)
@@ -92,6 +92,11 @@ def take(
   if policy.micro_batches == 1:
     return on_part(stats, batch, key)
   return _accumulated(on_part, params, stats, batch, key, policy.micro_batches)
+
+
+def rematerialised(loss: Callable) -> Callable:
+  """`loss`, which keeps the outputs of convolutions for its backward pass and computes everything else again."""
+  return jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
 
 
 def initial_loss_scale() -> DynamicScale:

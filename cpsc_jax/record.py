@@ -138,11 +138,12 @@ def finish(
     "generator": _about_generator(config, setup, outcome, sheet),
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "samples": _samples_drawn(config, setup),
-    "seconds_by_part": {"teacher": teacher.card.get("seconds", 0.0), "student": outcome.seconds},
+    "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},
     "versions": {**{name: _version(name) for name in PACKAGES}, "python": platform.python_version()},
     "hardware": hardware(),
     "config": json.loads(configs.dump(config)),
   }
+  started -= teacher.earlier_seconds + outcome.earlier_seconds
   results["agreement"] = results["student"][config.evaluate.headline]["agreement"]
   history = {"teacher": teacher.card.get("history", []), "student": outcome.history}
   held = held_images(pool, card, setup.mesh) if pool is not None else None
@@ -158,7 +159,7 @@ def finish(
   results["seconds"] = results.get("seconds", time.monotonic() - started)
   nets_of_run = {"student": (net, last), "student_best": (net, outcome.best_variables)}
   if generator:
-    nets_of_run["generator"] = (setup.generator.net, generator.variables)
+    nets_of_run["generator"] = nets.deployed(setup.generator.net, generator.variables)
   return Finished(results, history, card=student_card, **nets_of_run)
 
 
@@ -193,7 +194,7 @@ def _about_teacher(config: Config, teacher: Teacher, accuracy: float) -> dict:
     "parameters": nets.count_parameters(teacher.variables["params"]),
     "accuracy": accuracy,
     "digest": teacher.card.get("digest"),
-    "checkpoint": config.teacher.checkpoint or ("trained in this run" if "seconds" in teacher.card else "given"),
+    "checkpoint": config.teacher.checkpoint or "trained in this run",
   }
 
 
@@ -219,10 +220,9 @@ def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any)
 def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
   """Images that generator updates and student updates have seen."""
   iterations = config.schedule.epochs * config.schedule.iterations
-  generator, inverts = setup.generator, setup.method.shardings is not None
-  batch = config.pool.batch_size if inverts else config.schedule.batch_size
+  generator = setup.generator
   return {
-    "generator": iterations * batch * generator.steps if generator else 0,
+    "generator": iterations * setup.method.batch_size * generator.steps if generator else 0,
     "student": iterations * config.schedule.batch_size * config.student.steps,
   }
 

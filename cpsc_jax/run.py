@@ -4,11 +4,11 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from cpsc_jax import algorithm, config, datasets, experiment, record, streams, teach
+from cpsc_jax import algorithm, config, datasets, experiment, nets, record, streams, teach
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
-from cpsc_jax.progress import say
+from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Setup
 from cpsc_jax.streams import Stream
 
@@ -38,7 +38,7 @@ def run(
   mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
   data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
   card = given.card if given else teach.describe_teacher(c, data)
-  c = config.resolve(c, data.spec, mesh, given.net if given else experiment.build_teacher(c, card))
+  c = config.resolve(c, data.spec, mesh, given.net if given else nets.classifier(card["net"], card["num_classes"]))
   if results := record.earlier_results(workdir, c):
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return record.Finished(results)
@@ -69,14 +69,13 @@ def run(
   )
   outcome = train(plan, state)
   sheet = measures.sheet(outcome.state)
-  return record.finish(
-    workdir, c, setup, data, teacher, measures.teacher_accuracy, outcome, sheet, len(test), started
-  )
+  return record.finish(workdir, c, setup, data, teacher, measures.teacher_accuracy, outcome, sheet, len(test), started)
 
 
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:
   """(state -> (state, losses), the state it begins with) of data-free training."""
   program = algorithm.compile_epoch(setup, c.schedule.iterations)
   key = streams.key(streams.root(c.seed), Stream.DISTILLATION)
-  state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+  with working("drawing the initial weights"):
+    state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
   return lambda state: program(state, teacher.variables), state

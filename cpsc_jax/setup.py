@@ -81,6 +81,7 @@ class Method:
     samples: (state, key, label, number) -> (images (number, H, W, K), which of them exist (number,)), for diagnostics.
     pool: state -> the image pool, or None.
     noise: what the generator is asked for; None where nothing is generated.
+    batch_size: images of a generator update.
     shardings: (sharding of `State.trained`, sharding of `State.memory`) or trees of them; None: on every device.
   """
 
@@ -96,6 +97,7 @@ class Method:
   samples: Callable[..., tuple[jax.Array, jax.Array]] | None = None
   pool: Callable[[State], Pool | None] = lambda state: None
   noise: Noise | None = None
+  batch_size: int = 0
   shardings: tuple[Tree, Tree] | None = None
 
 

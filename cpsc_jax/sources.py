@@ -83,9 +83,9 @@ def mixture(parts: Sequence[Source], mesh: jax.sharding.Mesh) -> Source:
   """The batches of several sources, one after the other; each source gives as many images as its share."""
 
   def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
-    batches = []
-    for index, part in enumerate(parts):
-      state, x, y = part(state, streams.nth(key, Stream.PARTS, index), data)
+    batches, keys = [], streams.keys(key, Stream.PARTS, len(parts))
+    for part, key in zip(parts, keys, strict=True):
+      state, x, y = part(state, key, data)
       batches.append((x, y))
     joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *batches)
     return state, *jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))

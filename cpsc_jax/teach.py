@@ -17,7 +17,7 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.mesh import replicate, replicated
 from cpsc_jax.methods import terms
-from cpsc_jax.progress import say
+from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Method, Player, Setup, Term
 from cpsc_jax.state import State, Tree
 from cpsc_jax.streams import Stream
@@ -30,11 +30,14 @@ class Teacher:
   """A teacher: its module, its variables, and the card that says what it is.
 
   A card has net, num_classes, image_size, channels, mean, std and, once there are variables, their digest.
+  `seconds` were spent on its training in this run, `earlier_seconds` of them before this process.
   """
 
   net: Any
   variables: Tree
   card: dict
+  seconds: float = 0.0
+  earlier_seconds: float = 0.0
 
 
 def describe_teacher(config: Config, data: Data) -> dict:
@@ -72,7 +75,8 @@ def obtain_teacher(
   folder = pathlib.Path(config.teacher.checkpoint or workdir / "teacher")
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     _, variables, card = saved.load(folder)
-    return Teacher(net, replicate(variables, mesh), card)
+    spent = 0.0 if config.teacher.checkpoint else card["seconds"]
+    return Teacher(net, replicate(variables, mesh), card, spent, spent)
   outcome = _train_teacher(config, net, card, data, test, workdir, mesh)
   card = {
     **card,
@@ -84,7 +88,8 @@ def obtain_teacher(
     "history": outcome.history,
   }
   variables = outcome.state.student.variables
-  return Teacher(net, variables, checkpoint.save_net(folder, variables, card))
+  card = checkpoint.save_net(folder, variables, card)
+  return Teacher(net, variables, card, outcome.seconds, outcome.earlier_seconds)
 
 
 def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split, workdir, mesh) -> Any:
@@ -168,5 +173,6 @@ def on_real_data(
 def _phase(setup: Setup, teacher: Tree, split: Split, key: jax.Array, data: Data) -> Phase:
   """(state -> (state, losses), the state it begins with): an epoch is one iteration."""
   program = algorithm.compile_epoch(setup, 1, real_data=True)
-  state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+  with working("drawing the initial weights"):
+    state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
   return lambda state: program(state, teacher, split), state

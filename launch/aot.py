@@ -121,7 +121,17 @@ def lower(
     return algorithm.initial_state(setup, key, spec.image_shape), teacher
 
   state, teacher = jax.eval_shape(shapes)
+  state, teacher = placed(state, algorithm.shardings(setup)), placed(teacher, mesh.replicated(grid))
   return algorithm.compile_epoch(setup, config.schedule.iterations).lower(state, teacher), config
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """A tree of shapes as arrays would be placed by a prefix tree of shardings."""
+
+  def place(sharding: jax.sharding.Sharding, part: Any) -> Any:
+    return jax.tree.map(lambda shape: shape.update(sharding=sharding), part)
+
+  return jax.tree.map(place, shardings, shapes)
 
 
 def measure(config: ml_collections.ConfigDict, topology: str, hlo_folder: str | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pathlib
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # a worker and its child processes keep to their share of the cores
   share = str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-  os.environ.setdefault("NPROC", share)  # heeded by XLA, and read when JAX is first used
+  os.environ.setdefault("NPROC", share)  # read by XLA when JAX is first used
   os.environ.setdefault("OMP_NUM_THREADS", share)
 
 import jax
@@ -73,7 +73,7 @@ def digits_dir(common):
   from cpsc_jax import datasets
 
   path = common / "data"
-  return str(made_once(path, lambda: datasets.require("digits", str(path))))
+  return str(made_once(path, datasets.find("digits", str(path)).require))
 
 
 @pytest.fixture(scope="session")

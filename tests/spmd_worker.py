@@ -1,4 +1,4 @@
-"""python tests/spmd_worker.py OUT.npz CONTRAST METHOD: twenty iterations in float64 on whatever devices there are.
+"""python tests/spmd_worker.py OUT.npz SCL_FORM METHOD: twenty iterations in float64 on whatever devices there are.
 
 Writes every logged term, (iterations, steps), and the student's parameters; run by tests/test_spmd.py.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from cpsc_jax.configs import digits
 
-from cpsc_jax import algorithm, datasets, distill, mesh, nets, settings
+from cpsc_jax import algorithm, config, datasets, experiment, mesh, nets, streams
 
 ITERATIONS = 20
 
@@ -23,27 +23,34 @@ def smoke_config(method):
   return importlib.import_module(f"cpsc_jax.configs.{method}_cifar10").get_config("digits_smoke")
 
 
-def main(out, contrast, method):
+def double(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
+def flat(tree):
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def main(out, scl_form, method):
   mesh.start()
   jax.config.update("jax_enable_x64", True)
-  devices = mesh.make_mesh()
-  config = smoke_config(method)
-  config.loss.contrast, config.loss.contrast_block = contrast, 24
-  config = settings.resolve(config, devices)
-  shape = datasets.describe("digits", "").image_shape
-  teacher_net = nets.classifier("wrn_10_1", 10)
-  game = distill.build_game(config, devices, teacher_net, {"net": "wrn_10_1", "num_classes": 10, "mean": 0, "std": 1})
-  teacher = nets.init(teacher_net, jax.random.key(5), jnp.zeros((2, *shape)))
-  double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
-  state = mesh.place(double(algorithm.initial_state(game, 0, shape)), algorithm.shardings(game))
-  epoch = algorithm.compile_epoch(game, ITERATIONS)
-  state, terms = epoch(state, mesh.replicate(double(teacher), devices))
-  if game.method.inverts and devices.size > 1:
-    assert not state.memory["pool"]["images"].sharding.is_fully_replicated
-  terms, params = jax.device_get((terms, state.student.params))
+  devices, spec = mesh.make_mesh(), datasets.DATASETS["digits"]
+  c = smoke_config(method)
+  c.loss.scl_form, c.loss.scl_block = scl_form, 24
+  c = config.resolve(c, spec, devices)
+  net = nets.classifier("wrn_10_1", spec.num_classes)
+  setup = experiment.build(c, spec, net, {"mean": [0.0], "std": [1.0]}, devices)
+  teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, *spec.image_shape)))
+  key = streams.key(streams.root(0), streams.Stream.DISTILLATION)
+  state = algorithm.placed(setup, double(algorithm.initial_state(setup, key, spec.image_shape)))
+  epoch = algorithm.compile_epoch(setup, ITERATIONS)
+  state, losses = epoch(state, mesh.replicate(double(teacher), devices))
+  pool = setup.method.pool(state)
+  if pool is not None and devices.size > 1:
+    assert not pool.arrays["images"].sharding.is_fully_replicated
+  losses, params = jax.device_get((losses, state.student.params))
   if mesh.is_primary():
-    flat = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    np.savez(out, devices=jax.device_count(), **flat({"terms": terms, "student": params}))
+    np.savez(out, devices=jax.device_count(), **flat({"terms": losses, "student": params}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""launch/aot.py: loops counted as often as they run, memory of the blockwise contrast, what does not fit."""
+"""launch/aot.py: the program it lowers, loops counted as often as they run, the memory of the blockwise contrast."""
 
 import json
 import subprocess
@@ -7,16 +7,16 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SMOKE, command
 
 from cpsc_jax import losses, mesh
 
-pytest.importorskip("libtpu", reason="pip install libtpu==0.0.51 with jax 0.10.2")
 AOT = REPOSITORY / "launch" / "aot.py"
 
 
 @pytest.fixture(scope="module")
 def aot():
+  pytest.importorskip("libtpu", reason="pip install libtpu==0.0.51 with jax 0.10.2")
   sys.path.insert(0, str(AOT.parent))
   import aot
 
@@ -26,14 +26,16 @@ def aot():
 def compile_for(devices, function, *arguments):
   """`function` compiled for devices; arguments are (shape, dtype, whether split along the batch)."""
   grid = mesh.make_mesh(devices)
-  place = lambda split: mesh.batch_sharding(grid) if split else mesh.replicated(grid)
-  arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place(split)) for shape, dtype, split in arguments]
+  placements = {True: mesh.batch_sharding(grid), False: mesh.replicated(grid)}
+  arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=placements[split]) for shape, dtype, split in arguments]
   return jax.jit(function).lower(*arguments).compile()
 
 
 def test_loops_count_as_often_as_they_run(aot):
   steps, side, width = 7, 8, 128
-  conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def conv(x, w):
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
   def train(x, w):
     def inner(w, _):
@@ -108,15 +110,67 @@ def test_digits_on_four_chips(aot, tmp_path):
   assert (
     (one["chips"], four["chips"]) == (1, 4) and not one["collectives"] and four["collectives"]["all-reduce"]["count"]
   )
-  flops = lambda row: row["per_epoch_and_chip"]["flops"]
-  assert flops(four) == pytest.approx(flops(one) / 4, rel=0.1)
+  flops = [row["per_epoch_and_chip"]["flops"] for row in (one, four)]
+  assert flops[1] == pytest.approx(flops[0] / 4, rel=0.1)
   assert "v5e:2x2" in done.stdout and "chip-hours" in done.stdout
 
 
+def run_aot(*argv):
+  return subprocess.run([sys.executable, AOT, *argv], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
 def test_dry_run_and_refusals():
-  run = lambda *argv: subprocess.run([sys.executable, AOT, *argv], cwd=REPOSITORY, capture_output=True, text=True)
   digits = "--config=configs/digits.py"
-  dry = run(digits, "--sweep=v5e:1x1,v5e:4x4", "--dry-run")
+  dry = run_aot(digits, "--sweep=v5e:1x1,v5e:4x4", "--dry-run")
   assert dry.returncode == 0 and dry.stdout.count("would compile") == 2
-  refused = run(digits, "--topology=v5e")
-  assert refused.returncode == 2 and "name one as v5e:4x4" in refused.stderr
+  refused = run_aot(digits, "--topology=v5e")
+  assert refused.returncode == 2 and "give one such as v5e:4x4" in refused.stderr
+
+
+SAME_PROGRAM = """
+import re
+import sys
+
+import jax
+
+sys.path.insert(0, "launch")
+import aot
+from cpsc_jax import algorithm, main
+
+workdir, *flags = sys.argv[1:]
+compile_epoch, programs = algorithm.compile_epoch, []
+
+
+class Watched:
+  def __init__(self, *arguments):
+    self.program = compile_epoch(*arguments)
+
+  def note(self, *inputs):
+    text = str(self.program.trace(*inputs).jaxpr)
+    programs.append(re.sub("0x[0-9a-f]+", "", text))  # addresses of functions
+
+  def __call__(self, *inputs):
+    self.note(*inputs)
+    return self.program(*inputs)
+
+  def lower(self, *inputs):
+    self.note(*inputs)
+    return self.program.lower(*inputs)
+
+
+algorithm.compile_epoch = Watched
+assert main.main(["main", f"--workdir={workdir}", *flags]) == 0
+options, config = aot.parse(["--topology=v5e:2x2", *flags])
+lowered, resolved = aot.lower(config, jax.devices())
+assert resolved.name == "digits_smoke" and "stablehlo.convolution" in lowered.as_text()
+run, ahead = programs
+assert run == ahead
+"""
+
+
+def test_what_is_lowered_is_what_a_run_compiles(finished, digits_dir, tmp_path):
+  """Traced for the devices of this machine; to compile it for others takes libtpu."""
+  flags = (f"--config.teacher.checkpoint={finished / 'teacher'}", "--config.schedule.epochs=1")
+  argv = [sys.executable, "-c", SAME_PROGRAM, str(tmp_path / "w"), SMOKE, *command("", digits_dir, *flags)[3:]]
+  done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr

@@ -1,34 +1,103 @@
-"""The configs: complete, explained, locked, and cifar100 as published."""
+"""The configs: complete, explained, locked, cifar100 as published, reference mode, and every refusal."""
 
+import json
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
-from cpsc_jax.configs import cifar10, cifar100, default, digits, tiny_imagenet
+from cpsc_jax.configs import (
+  cifar10,
+  cifar100,
+  cmi_cifar10,
+  dafl_cifar10,
+  deepinversion_cifar10,
+  default,
+  dfad_cifar10,
+  digits,
+  rgal_cifar10,
+  tiny_imagenet,
+  zskt_cifar10,
+)
 
-from cpsc_jax import optim, settings
+from cpsc_jax import config as configs
+from cpsc_jax import datasets, optim
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh
 
 MODULES = {"cifar10": cifar10, "cifar100": cifar100, "digits": digits, "tiny_imagenet": tiny_imagenet}
+OTHER_METHODS = {
+  "cmi": cmi_cifar10,
+  "dafl": dafl_cifar10,
+  "deepinversion": deepinversion_cifar10,
+  "dfad": dfad_cifar10,
+  "rgal": rgal_cifar10,
+  "zskt": zskt_cifar10,
+}
+CMI_KEYS = {
+  "loss.generator.views",
+  "loss.views.negatives",
+  "loss.views.temperature",
+  "loss.views.width",
+  "pool.bank",
+}
+TEST_ONLY = datasets.Dataset(10, 8, 1, (0.3,), (0.4,), {"test": 454}, photographs=False)
+
+
+def resolve(config, spec=None, devices=1):
+  spec = spec or datasets.find(config.dataset.name, "").spec
+  return configs.resolve(config, spec, make_mesh(jax.devices()[:devices]))
+
+
+def changed(**values):
+  """The digits config with some keys set, written as student__lr=0.1."""
+  config = digits.get_config()
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+  return config
+
+
+def keys_of(config):
+  return dict(configs.flatten(config)).keys()
 
 
 @pytest.mark.parametrize("variant", ["", "smoke"])
 @pytest.mark.parametrize("name", MODULES)
 def test_config_is_complete_and_resolves(name, variant):
   config = MODULES[name].get_config(variant)
-  assert dict(settings._flatten(config)).keys() == dict(settings._flatten(default.get_config())).keys()
+  assert keys_of(config) == keys_of(default.get_config())
   assert config.is_locked and config.student.is_locked
   assert config.name == name + ("_smoke" if variant else "")
-  settings.resolve(config, make_mesh())
+  resolve(config)
+
+
+@pytest.mark.parametrize("variant", ["", "smoke", "digits", "digits_smoke"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_config_of_another_method_is_complete_and_resolves(method, variant):
+  config = OTHER_METHODS[method].get_config(variant)
+  assert keys_of(config) == keys_of(default.get_config()) | (CMI_KEYS if method == "cmi" else set())
+  assert config.is_locked and config.student.is_locked and config.pool.is_locked
+  assert config.method == method and config.dataset.name == ("digits" if "digits" in variant else "cifar10")
+  resolve(config)
 
 
 def test_every_key_is_explained():
   source = pathlib.Path(default.__file__).read_text().split("def apply_variant")[0].splitlines()
+  explained = 0
   for number, line in enumerate(source):
     if re.match(r"  \w(\.\w+)+ = ", line) and "ConfigDict" not in line:
       assert "#" in line or source[number - 1].strip().startswith("#"), f"no word on {line.strip()}"
+      explained += 1
+  assert explained == len(keys_of(default.get_config()))
+
+
+def test_resolving_freezes_a_copy():
+  config = digits.get_config()
+  before = config.to_json()
+  resolved = resolve(config)
+  with pytest.raises(AttributeError):
+    resolved.seed = 3
+  assert config.to_json() == before and configs.dump(resolved) == configs.dump(config)
 
 
 def test_cifar100_is_the_published_schedule():
@@ -50,18 +119,96 @@ def test_cifar100_is_the_published_schedule():
   assert (s.kd, s.l2, s.ce) == (1.0, 5.0, 0.7)
 
 
-def test_reference_turns_everything_on():
+PUBLISHED = {
+  "precision": "float16",
+  "loss_scaling": False,
+  "loss.double_softmax": True,
+  "loss.ikd_form": "mse",
+  "loss.scl_temperature": 0.07,
+  "loss.confidence": 1.0,
+  "loss.kd_temperature": 1.0,
+  "generator.optimiser": "restarted_adam",
+  "generator.student_mode": "train",
+  "generator.stats_in_student_steps": True,
+  "generator.label_limit": 100,
+  "generator.conditional": True,
+  "generator.lr": 1e-3,
+  "generator.b1": 0.5,
+  "generator.b2": 0.999,
+  "generator.crop_pad": 0,
+  "generator.flip": False,
+  "student.head": "frozen",
+  "student.schedule": "published_steps",
+  "student.optimiser": "sgd",
+  "student.decay_norms": True,
+  "student.lr": 0.1,
+  "student.momentum": 0.9,
+  "student.weight_decay": 5e-4,
+  "student.crop_pad": 0,
+  "student.flip": False,
+  "teacher.schedule": "cosine_per_epoch",
+  "evaluate.headline": "best",
+}
+# The options under which the published code's behaviour is not that of the paper, and what they are otherwise.
+OUR_DEFAULTS = {
+  "precision": "float32",
+  "loss_scaling": True,
+  "loss.double_softmax": False,
+  "loss.triplet.swapped": True,
+  "generator.optimiser": "adam",
+  "generator.student_mode": "eval",
+  "generator.stats_in_student_steps": False,
+  "generator.label_limit": 0,
+  "student.head": "trained",
+  "student.schedule": "cosine",
+  "teacher.schedule": "cosine",
+  "evaluate.headline": "last",
+}
+
+
+def other_than(value):
+  """A value of the same kind as one in PUBLISHED, for keys that are not words."""
+  return value + 1 if type(value) in (int, float) else not value
+
+
+def test_reference_sets_every_published_option():
+  """Whatever they were before; the config itself stays as it is."""
   config = digits.get_config()
   config.reference = True
-  resolved = settings.resolve(config, make_mesh())
-  assert all(resolved.quirks.values()) and resolved.precision == "float16"
-  weights = {name: weight for name, weight in resolved.loss.generator.items() if weight}
-  assert weights == {"adversarial": 1.0, "ikd": 5.0, "bn": 1.0, "scl": 0.7, "ce": 0.7}
-  assert resolved.generator.lr == 1e-3
-  assert not config.quirks.fresh_adam, "resolving must not touch the config it was given"
-  config.dataset.name = "cifar10"
-  assert not any(default.get_config().quirks.values())
-  assert settings.resolve(config, make_mesh()).loss.ikd_form == "log"
+  others = {key: other_than(value) for key, value in PUBLISHED.items() if not isinstance(value, str)}
+  others["student.flip"] = others["generator.flip"] = True
+  weights = {key: 0.25 for key in keys_of(config) if key.startswith(("loss.generator.", "loss.student."))}
+  config.update_from_flattened_dict(others | weights | {"loss.ikd_form": "log", "student.optimiser": "adamw"})
+  before = config.to_json()
+  resolved = dict(configs.flatten(resolve(config)))
+  assert {key: resolved[key] for key in PUBLISHED} == PUBLISHED
+  weights = {key: weight for key, weight in resolved.items() if key in weights and weight}
+  assert weights == {
+    "loss.generator.adversarial": 1.0,
+    "loss.generator.ikd": 5.0,
+    "loss.generator.bn": 1.0,
+    "loss.generator.scl": 0.7,
+    "loss.generator.ce": 0.7,
+    "loss.student.kd": 1.0,
+    "loss.student.l2": 5.0,
+    "loss.student.ce": 0.7,
+  }
+  touched = {key for key, value in configs.flatten(config) if resolved[key] != value}
+  assert touched <= PUBLISHED.keys() | {k for k in resolved if k.startswith(("loss.generator.", "loss.student."))}
+  assert config.to_json() == before, "resolving must not touch the config it was given"
+
+
+def test_reference_has_the_logarithmic_form_on_cifar10():
+  config = digits.get_config()
+  config.reference, config.dataset.name = True, "cifar10"
+  assert resolve(config).loss.ikd_form == "log"
+
+
+def test_without_reference_nothing_published_is_on():
+  config = dict(configs.flatten(default.get_config()))
+  assert {key: config[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS and not config["reference"]
+  resolved = dict(configs.flatten(resolve(cifar100.get_config())))
+  assert {key: resolved[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -79,24 +226,108 @@ def test_reference_turns_everything_on():
     ("schedule.horizon", 20, "shorter than the run"),
     ("teacher.batch_size", 5000, "1343"),
     ("teacher.flip", True, "flip"),
+    ("student.flip", True, "config.student.flip must be False for 'digits'"),
+    ("generator.flip", True, "config.generator.flip must be False for 'digits'"),
     ("loss.ikd_form", "l1", "mse"),
+    ("loss.scl_form", "blocks", "dense, blockwise"),
+    ("generator.schedule", "linear", "steps, cosine"),
+    ("generator.optimiser", "sgd", "adam, restarted_adam"),
+    ("generator.student_mode", "test", "eval, train"),
+    ("generator.label_limit", -1, "at least 0"),
+    ("generator.micro_batches", 0, "greater than 0"),
+    ("student.optimiser", "adam", "sgd, adamw"),
+    ("student.schedule", "cosine_per_epoch", "cosine, published_steps"),
+    ("student.head", "none", "trained, frozen"),
+    ("student.micro_batches", 3, "does not divide a batch of 64"),
+    ("teacher.optimiser", "adam", "sgd, adamw"),
+    ("teacher.schedule", "published_steps", "cosine, cosine_per_epoch"),
+    ("teacher.micro_batches", 3, "does not divide a batch of 64"),
+    ("evaluate.split", "train", "test, validation"),
+    ("evaluate.headline", "first", "last, best"),
+    ("loss.scl_temperature", 0.0, "greater than 0"),
+    ("loss.scl_block", 0, "greater than 0"),
+    ("loss.student.channel", 1.0, "no such term"),
+    ("loss.generator.one_hot", 1.0, "no such term"),
   ],
 )
 def test_bad_values_are_refused(key, value, word):
   config = digits.get_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(Refusal, match=word):
-    settings.resolve(config, make_mesh())
+    resolve(config)
+
+
+@pytest.mark.parametrize("key", [*configs.CHOICES, *configs.POSITIVE])
+def test_every_choice_and_every_positive_number_is_checked(key):
+  config = digits.get_config()
+  kind = type(dict(configs.flatten(config))[key])
+  value, word = ("nonsense", "must be one of") if key in configs.CHOICES else (kind(0), "must be greater than 0")
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(Refusal, match=rf"config\.{key} is '?{value}'?; it {word}"):
+    resolve(config)
+
+
+@pytest.mark.parametrize(("player", "term"), [("student", "head"), ("generator", "bn"), ("generator", "scl")])
+def test_micro_batches_are_refused_for_terms_that_couple_the_batch(player, term):
+  """The student of another width has a feature head, whose term is a contrast."""
+  config = changed(student__net="wrn_10_2") if term == "head" else changed()
+  for name in config.loss[player]:
+    config.loss[player][name] = 1.0 if name == term else 0.0
+  config[player].micro_batches = 2
+  with pytest.raises(Refusal, match=rf"config.{player}.micro_batches is 2, but the term config.loss.{player}.{term} "):
+    resolve(config)
+  config.loss[player][term] = 0.0
+  resolve(config)
+
+
+def test_micro_batches_and_devices():
+  config = changed(student__micro_batches=4, loss__ikd_form="mse")
+  assert resolve(config).student.micro_batches == 4
+  with pytest.raises(Refusal, match="which does not divide a batch of 64 over 8 devices evenly"):
+    configs.check_batches(changed(student__micro_batches=16), TEST_ONLY, EightDevices())
+
+
+class EightDevices:
+  """What the checks need of a mesh."""
+
+  size = 8
+
+
+def test_data_without_a_training_split_are_refused_what_needs_one():
+  given = {"teacher__checkpoint": "somewhere"}
+  assert resolve(changed(**given), TEST_ONLY).evaluate.split == "test"
+  for values, word in (
+    ({}, r"no training split to train a teacher on; .*config.teacher.checkpoint \(cpsc-jax convert"),
+    ({**given, "arm": "real_kd"}, "no training split, which arm 'real_kd' needs"),
+    ({**given, "arm": "real_labels"}, "no training split, which arm 'real_labels' needs"),
+    ({**given, "evaluate__split": "validation"}, "no training split to hold a validation part out of"),
+  ):
+    with pytest.raises(Refusal, match=word):
+      resolve(changed(**values), TEST_ONLY)
+
+
+def test_a_validation_part_leaves_fewer_images_to_train_on():
+  assert resolve(changed(teacher__batch_size=1343)).teacher.batch_size == 1343
+  config = changed(teacher__batch_size=1076, evaluate__split="validation")
+  with pytest.raises(Refusal, match="config.teacher.batch_size is 1076, more than the 1075 training images"):
+    resolve(config)
+  config.teacher.batch_size = 1075
+  resolve(config)
+
+
+def test_reference_is_refused_for_other_methods():
+  config = dafl_cifar10.get_config("digits")
+  config.reference = True
+  with pytest.raises(Refusal, match="config.reference is CPSC-DFKD's; leave it False for method 'dafl'"):
+    resolve(config)
 
 
 def test_differences_name_the_keys():
-  import json
-
-  config = settings.resolve(digits.get_config(), make_mesh())
-  saved = json.loads(settings.dump(config))
-  assert settings.differences(config, saved) == []
+  config = resolve(digits.get_config())
+  saved = json.loads(configs.dump(config))
+  assert configs.differences(config, saved) == []
   saved["student"]["lr"], saved["seed"], saved["dataset"]["data_dir"] = 0.3, 5, "/elsewhere"
-  assert settings.differences(config, saved) == ["seed", "student.lr"]
+  assert configs.differences(config, saved) == ["seed", "student.lr"]
 
 
 @pytest.mark.parametrize("optimiser", [optim.student_optimiser, optim.generator_optimiser])

@@ -5,23 +5,50 @@ import json
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command
-from cpsc_jax.configs import rgal_cifar10
+from cpsc_jax.configs import default, rgal_cifar10
 from parity import assert_close
 from spmd_worker import smoke_config as config_of
 from test_algorithm import equal, jit
 from test_losses import softmax
 
-from cpsc_jax import algorithm, checkpoint, distill, losses, mesh, nets, settings
+from cpsc_jax import (
+  algorithm,
+  checkpoint,
+  config,
+  datasets,
+  experiment,
+  losses,
+  mesh,
+  methods,
+  nets,
+  pool,
+  sources,
+  streams,
+)
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import main
 from cpsc_jax.methods import METHODS, cmi, rgal
+from cpsc_jax.setup import LATENTS
 from cpsc_jax.state import Output, View
+from cpsc_jax.streams import Stream
 
 EVERY = pytest.mark.parametrize("method", METHODS)
+INVERTING = ("rgal", "deepinversion", "cmi")
+DIGITS = datasets.DATASETS["digits"]
+# The terms that a smoke config gives a weight, and those of them that compare samples across the batch.
+ACTIVE = {
+  "cpsc": ({"adversarial", "ikd", "bn", "scl", "ce"}, {"kd", "l2", "ce"}),
+  "rgal": ({"bn", "ce", "adversarial", "triplet"}, {"kd", "channel", "triplet"}),
+  "dafl": ({"one_hot", "activation", "balance"}, {"kd"}),
+  "dfad": ({"adversarial"}, {"l1"}),
+  "zskt": ({"adversarial"}, {"kd", "attention"}),
+  "deepinversion": ({"ce", "bn", "variation", "adversarial"}, {"kd"}),
+  "cmi": ({"bn", "ce", "adversarial", "views"}, {"kd"}),
+}
+COUPLED = {"bn", "scl", "triplet", "balance", "variation", "norm", "views"}
 
 
 def flag_of(method):
@@ -29,33 +56,48 @@ def flag_of(method):
   return f"--config={REPOSITORY / 'configs' / name}"
 
 
+def resolved(method, /, **changes):
+  c = config_of(method)
+  c.update_from_flattened_dict(changes)
+  return config.resolve(c, DIGITS, mesh.make_mesh())
+
+
+def first_state(setup):
+  key = streams.key(streams.root(0), Stream.DISTILLATION)
+  return algorithm.placed(setup, algorithm.initial_state(setup, key, DIGITS.image_shape))
+
+
 @functools.cache
-def start(method, **changes):
-  """(game, teacher variables, state) of the config that the smoke test runs."""
-  config = config_of(method)
-  config.update_from_flattened_dict(changes)
-  devices = mesh.make_mesh()
-  config = settings.resolve(config, devices)
-  net = nets.classifier(config.teacher.net, 10)
-  card = {"net": config.teacher.net, "num_classes": 10, "mean": (0.3057,), "std": (0.3762,)}
-  game = distill.build_game(config, devices, net, card)
+def start(method, /, **changes):
+  """(setup, teacher variables, state) of the config that the smoke test runs."""
+  c, devices = resolved(method, **changes), mesh.make_mesh()
+  net = nets.classifier(c.teacher.net, 10)
+  setup = experiment.build(c, DIGITS, net, {"mean": DIGITS.mean, "std": DIGITS.std}, devices)
   teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, 8, 8, 1)))
-  state = algorithm.initial_state(game, 0, (8, 8, 1))
-  return game, mesh.replicate(teacher, devices), mesh.place(state, algorithm.shardings(game))
+  return setup, mesh.replicate(teacher, devices), first_state(setup)
+
+
+def terms_of(setup):
+  return {"generator": setup.method.generator_terms, "student": setup.method.student_terms}
+
+
+def on_host(state):
+  return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
 
 
 @EVERY
 def test_contract(method, tmp_path):
   """Finite terms under the method's names, a student that moves, a teacher that does not, one program, exact resume."""
-  game, teacher, state = start.__wrapped__(method)  # an epoch consumes its state
+  setup, teacher, state = start.__wrapped__(method)  # an epoch consumes its state
   kept, before = jax.device_get((teacher, state.student.params))
-  epoch = algorithm.compile_epoch(game, 2)
-  first, terms = epoch(state, teacher)
-  named = lambda terms: {name for name, (weight, _) in terms.items() if weight} | {"total"}
-  assert set(terms["generator"]) == named(game.method.generator_terms)
-  assert set(terms["student"]) == named(game.method.student_terms)
-  assert all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(terms)))
-  assert terms["student"]["total"].shape == (2, game.student_steps)
+  epoch = algorithm.compile_epoch(setup, 2)
+  first, losses = epoch(state, teacher)
+  for player, terms in terms_of(setup).items():
+    steps = getattr(setup, player).steps
+    assert set(losses[player].terms) == set(terms) == set(setup.weights[player])
+    assert losses[player].total.shape == (2, steps)
+    assert all(value.shape == (2, steps) for value in losses[player].terms.values())
+  assert all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(losses)))
   moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, jax.device_get(first.student.params))
   assert all(jax.tree.leaves(moved.get("net", moved)))
 
@@ -65,16 +107,103 @@ def test_contract(method, tmp_path):
   second, _ = epoch(first, teacher)
   assert epoch._cache_size() == 1, "the second epoch must not compile again"
   checkpointer = checkpoint.Checkpointer(tmp_path)
-  shapes = mesh.place(algorithm.initial_state(game, 0, (8, 8, 1)), algorithm.shardings(game))
-  restored = checkpointer.restore({"state": shapes})[0]["state"]
+  restored = checkpointer.restore({"state": first_state(setup)})[0]["state"]
   checkpointer.close()
   again, _ = epoch(restored, teacher)
-  plain = lambda state: jax.device_get(state.replace(key=jax.random.key_data(state.key)))
-  assert equal(plain(second), plain(again)), "a resumed run goes on as if it had never stopped"
+  assert equal(on_host(second), on_host(again)), "a resumed run goes on as if it had never stopped"
   assert epoch._cache_size() == 1
   assert equal(teacher, kept), "the teacher is never written"
-  if game.method.inverts:
-    assert int(second.memory["pool"]["count"]) == 4 and np.asarray(second.memory["pool"]["images"]).any()
+  assert (setup.method.pool(second) is not None) == (method in INVERTING)
+  if method in INVERTING:
+    held = setup.method.pool(second)
+    assert held is second.memory["pool"] and int(held.count) == 4 and np.asarray(held.arrays["images"]).any()
+
+
+@EVERY
+def test_exactly_the_active_terms_are_there(method):
+  """A term is there if and only if its weight is not 0; the state begins with the config's weights."""
+  setup, _, state = start(method)
+  c = resolved(method)
+  for (player, terms), names in zip(terms_of(setup).items(), ACTIVE[method], strict=True):
+    weighted = {name: weight for name, weight in c.loss[player].items() if weight and name != "head"}
+    assert set(terms) == names == set(weighted), "the nets of the smoke configs need no feature head"
+    hyper = jax.device_get(getattr(state.hyper, player))
+    assert setup.weights[player] == weighted and hyper.terms == pytest.approx(weighted) and hyper.lr == 1
+    fewer = sorted(names)[1:]
+    changes = {f"loss.{player}.{name}": 0.0 for name in names - set(fewer)}
+    parts = methods.Parts(resolved(method, **changes), None, setup.generator, setup.teacher, (8, 8, 1), setup.mesh)
+    assert set(getattr(methods.method(parts), f"{player}_terms")) == set(fewer)
+
+
+@EVERY
+def test_terms_are_of_single_samples_unless_they_couple_the_batch(method):
+  """A coupling term is one number; any other is one per sample, and the same in whatever batch the sample is."""
+  setup, teacher, state = start(method)
+  for terms, names in zip(terms_of(setup).values(), ACTIVE[method], strict=True):
+    assert {name for name, term in terms.items() if term.couples_batch} == names & COUPLED
+  trained = {name: part.params for name, part in state.trained.items()}
+
+  def values(x, y):
+    t = nets.forward_observed(setup.teacher, teacher, x)
+    s = setup.student.net.apply(state.student.variables, x, train=False)
+
+    def teach(images):
+      return setup.teacher.apply(teacher, images, train=False)
+
+    view = View(y, t, s, x, jax.random.key(0), trained, state.memory, teach)
+    return {
+      (player, name): (term.couples_batch, term.value(view))
+      for player, terms in terms_of(setup).items()
+      for name, term in terms.items()
+    }
+
+  def single(x, y):
+    return {key: value for key, (couples, value) in values(x, y).items() if not couples}
+
+  x, y = jax.random.normal(jax.random.key(1), (8, 8, 8, 1)), jnp.arange(8)
+  shapes = {}
+  jax.eval_shape(lambda x, y: shapes.update({k: (couples, v.shape) for k, (couples, v) in values(x, y).items()}), x, y)
+  assert all(shape == () for couples, shape in shapes.values() if couples)
+  whole, part = jit(single)(x, y), jit(single)(x[:4], y[:4])
+  assert whole and all(value.shape == (8,) for value in whole.values())
+  for key, value in whole.items():
+    np.testing.assert_allclose(value[:4], part[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
+
+
+@EVERY
+def test_accumulation_of_coupling_terms_is_refused_by_name(method):
+  for player, names in zip(("generator", "student"), ACTIVE[method], strict=True):
+    changes = {f"{player}.micro_batches": 2}
+    if player == "generator" and method in INVERTING:
+      with pytest.raises(Refusal, match="config.generator.micro_batches must be 1 for methods that optimise"):
+        resolved(method, **changes)
+      continue
+    for name in names & COUPLED:
+      others = {f"loss.{player}.{other}": 0.0 for other in names & COUPLED - {name}}
+      message = f"config.{player}.micro_batches is 2, but the term config.loss.{player}.{name} compares samples"
+      with pytest.raises(Refusal, match=message):
+        resolved(method, **changes, **others)
+    without = {f"loss.{player}.{name}": 0.0 for name in names & COUPLED}
+    assert resolved(method, **changes, **without)[player].micro_batches == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "term"),
+  [
+    ({"loss.ikd_form": "log"}, "l2"),  # the logarithm of a mean
+    ({"loss.student.triplet": 0.1}, "triplet"),
+    ({"teacher.net": "wrn_10_2"}, "head"),  # its features are wider than the student's
+  ],
+)
+def test_terms_that_a_setting_couples_are_refused_too(changes, term):
+  assert resolved("cpsc", **{"student.micro_batches": 2}).student.micro_batches == 2
+  with pytest.raises(Refusal, match=f"config.student.micro_batches is 2, but the term config.loss.student.{term} "):
+    resolved("cpsc", **{"student.micro_batches": 2}, **changes)
+
+
+def test_a_frozen_head_has_no_term_that_couples_the_batch():
+  changes = {"student.micro_batches": 2, "teacher.net": "wrn_10_2", "student.head": "frozen"}
+  assert resolved("cpsc", **changes).student.head == "frozen"
 
 
 @EVERY
@@ -87,7 +216,7 @@ def test_smoke_run_reaches_its_report(method, tmp_path, digits_dir, finished):
   results = json.loads((workdir / "results.json").read_text())
   assert results["method"] == method and results["student"]["last"]["epoch"] == 2
   assert {path.name for path in workdir.iterdir()} >= {"samples.png", "curves.png", "student", "results.json"}
-  inverts = method in ("rgal", "deepinversion", "cmi")
+  inverts = method in INVERTING
   assert (workdir / "generator").exists() != inverts and (workdir / "pool.npz").exists() == inverts
   conditional = method == "cpsc" or inverts
   assert (results["generator"]["label_fidelity"] is not None) == conditional
@@ -98,53 +227,83 @@ def test_smoke_run_reaches_its_report(method, tmp_path, digits_dir, finished):
   assert main(command(workdir, digits_dir, *flags, config=flag_of(method))) == 0, "a finished run is left alone"
 
 
-def test_an_iteration_starts_the_generator_afresh():
-  game, teacher, state = start("rgal")
-  begin = jit(algorithm.start_afresh(game))
+def test_an_iteration_begins_with_a_new_generator():
+  setup, teacher, state = start("rgal")
+  begin = jit(setup.method.begin)
   a, b = begin(state, jax.random.key(1)), begin(state, jax.random.key(2))
-  kernel = lambda s: np.asarray(s.generator.params["conv3"]["kernel"])
-  assert not np.array_equal(kernel(a), kernel(b)) and not np.array_equal(kernel(a), kernel(state))
-  assert not np.array_equal(a.memory["draft"]["latent"], b.memory["draft"]["latent"])
-  assert equal(a.student, state.student) and np.isinf(a.memory["draft"]["loss"])
+  kernels = [np.asarray(s.generator.params["conv3"]["kernel"]) for s in (a, b, state)]
+  assert not np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
+  assert not np.array_equal(a.trained[LATENTS].params, b.trained[LATENTS].params)
+  assert equal(a.student, state.student) and np.isinf(a.memory["best"]["loss"])
 
 
 def test_inversion_keeps_the_batch_of_the_least_loss():
-  """Steps whose loss rises leave the draft as it was; the latents move all the same."""
-  game, teacher, state = start("rgal")
-  state = jit(algorithm.start_afresh(game))(state, jax.random.key(1))
-  step = jit(algorithm.inversion_step(game, teacher))
+  """Steps whose loss rises leave the best batch as it was; the latents move all the same."""
+  setup, teacher, state = start("rgal")
+  state = jit(setup.method.begin)(state, jax.random.key(1))
+  step = jit(algorithm.generator_step(setup, teacher))
   lowest, images = np.inf, None
   for i in range(6):
     before = state
-    state, terms = step(state, jax.random.key(i))
-    draft = state.memory["draft"]
-    assert not np.array_equal(draft["latent"], before.memory["draft"]["latent"])
-    if float(terms["total"]) < lowest:
-      lowest, images = float(terms["total"]), np.asarray(draft["images"])
-    assert float(draft["loss"]) == pytest.approx(lowest, rel=1e-6)
-    assert np.array_equal(draft["images"], images)
-  kept = algorithm.keep_best(game)(state).memory["pool"]
-  assert np.array_equal(kept["images"][0], images) and np.array_equal(kept["labels"][0], draft["labels"])
+    state, losses = step(state, jax.random.key(i))
+    best = state.memory["best"]
+    assert not np.array_equal(state.trained[LATENTS].params, before.trained[LATENTS].params)
+    if float(losses.total) < lowest:
+      lowest, images = float(losses.total), np.asarray(best["images"])
+    assert float(best["loss"]) == pytest.approx(lowest, rel=1e-6)
+    assert np.array_equal(best["images"], images)
+  kept = setup.method.keep(state).memory["pool"].arrays
+  assert np.array_equal(kept["images"][0], images) and np.array_equal(kept["labels"][0], state.memory["labels"])
 
 
 def test_an_untrained_generator_fills_the_pool_too():
-  game, teacher, state = start("rgal", arm="untrained_generator")
-  state = jit(algorithm.start_afresh(game))(state, jax.random.key(1))
-  after = algorithm.keep_best(game)(state)
-  assert game.generator_steps == 0
-  assert np.asarray(after.memory["pool"]["images"][0]).std() > 0
+  setup, teacher, state = start("rgal", arm="untrained_generator")
+  state = jit(setup.method.begin)(state, jax.random.key(1))
+  after = setup.method.keep(state)
+  assert setup.generator.steps == 0
+  assert np.asarray(after.memory["pool"].arrays["images"][0]).std() > 0
+
+
+@pytest.mark.parametrize("method", INVERTING)
+def test_a_share_of_the_students_batch_can_be_fresh(method):
+  """A first quarter that the present generator draws, and the rest from the pool with its labels."""
+  setup, _, state = start(method, **{"pool.fresh_share": 0.25})
+  state = jit(setup.method.begin)(state, jax.random.key(1))
+  images = jnp.full_like(state.memory["best"]["images"], 100.0)
+  state = state.replace(memory={**state.memory, "best": {**state.memory["best"], "images": images}})
+  state = setup.method.keep(state)
+  key = jax.random.key(3)
+  after, x, y = jit(setup.method.source)(state, key, None)
+  assert x.shape == (32, 8, 8, 1) and y.shape == (32,)
+  pooled = np.all(np.asarray(x) == 100, axis=(1, 2, 3))
+  assert pooled.tolist() == [False] * 8 + [True] * 24
+  z, labels = setup.method.noise.draw(streams.nth(key, Stream.PARTS, 0), 8)
+  fresh, _ = sources.sample_images(setup.generator.net, state.generator.variables, z, labels)
+  np.testing.assert_allclose(x[:8], fresh, rtol=1e-4, atol=1e-5)
+  assert np.array_equal(y[:8], labels)
+  drawn = pool.draw(state.memory["pool"], streams.nth(key, Stream.PARTS, 1), 24)
+  assert np.array_equal(y[8:], drawn["labels"]) and np.isin(y[8:], state.memory["labels"]).all()
+  assert equal(on_host(after), on_host(state)), "drawing a batch moves nothing"
+
+
+def test_without_a_fresh_share_the_whole_batch_is_of_the_pool():
+  setup, _, state = start("rgal")
+  state = setup.method.keep(jit(setup.method.begin)(state, jax.random.key(1)))
+  _, x, _ = jit(setup.method.source)(state, jax.random.key(3), None)
+  held = np.asarray(state.memory["pool"].arrays["images"][0])
+  assert all(any(np.array_equal(image, one) for one in held) for image in np.asarray(x))
 
 
 @pytest.mark.parametrize("method", ["cpsc", "dafl"])
 def test_triplets_can_be_added_to_any_method(method):
   changes = {"loss.generator.triplet": 0.1, "loss.student.triplet": 0.2}
-  game, teacher, state = start(method, **changes)
+  setup, teacher, state = start(method, **changes)
   key = jax.random.key(0)
-  _, terms = jit(algorithm.generator_step(game, teacher))(state, key)
-  assert np.isfinite(terms["triplet"])
-  _, terms = jit(algorithm.student_step(game, teacher))(state, key)
-  weighted = sum(game.method.student_terms[name][0] * float(value) for name, value in terms.items() if name != "total")
-  assert float(terms["total"]) == pytest.approx(weighted, rel=1e-5) and "triplet" in terms
+  _, of_generator = jit(algorithm.generator_step(setup, teacher))(state, key)
+  assert np.isfinite(of_generator.terms["triplet"])
+  _, of_student = jit(algorithm.student_step(setup, teacher))(state, key)
+  weighted = sum(setup.weights["student"][name] * float(value) for name, value in of_student.terms.items())
+  assert float(of_student.total) == pytest.approx(weighted, rel=1e-5) and "triplet" in of_student.terms
 
 
 def test_the_published_triplets_are_a_switch():
@@ -152,15 +311,15 @@ def test_the_published_triplets_are_a_switch():
   stage = jnp.asarray(rng.normal(size=(12, 2, 2, 4)))
   output = Output(jnp.asarray(rng.normal(size=(12, 4))), None, (stage,))
   view = View(None, output, output, key=jax.random.key(0))
-  config = rgal_cifar10.get_config("digits")
+  c = rgal_cifar10.get_config("digits")
+  assert c.loss.triplet.swapped, "the paper's is the default"
   values = {}
-  for quirk in (False, True):
-    config.quirks.unswapped_triplets = quirk
-    _, term = rgal.triplet_terms(config)[0]["triplet"]
-    values[quirk] = float(term(view))
-  labels = output.logits.argmax(-1)
-  for quirk, value in values.items():
-    want = losses.triplets((stage,), output.logits, labels, view.key, 0.2, focal=True, swapped=not quirk)
+  for swapped in (True, False):
+    c.loss.triplet.swapped = swapped
+    values[swapped] = float(rgal.triplet_terms(c)[0]["triplet"].value(view))
+  labels, key = output.logits.argmax(-1), streams.key(view.key, Stream.SYNTHESIS_TRIPLETS)
+  for swapped, value in values.items():
+    want = losses.triplets((stage,), output.logits, labels, key, 0.2, focal=True, swapped=swapped)
     assert value == pytest.approx(float(want))
   assert values[False] != values[True]
 
@@ -171,40 +330,50 @@ def test_the_published_triplets_are_a_switch():
     ("dafl", {"loss.generator.scl": 0.7}, "config.loss.generator.scl is 0.7, but method 'dafl' has no such term"),
     ("rgal", {"loss.student.l2": 1.0}, "config.loss.student.l2"),
     ("rgal", {"pool.size": 100}, "multiple of config.pool.batch_size"),
+    ("rgal", {"pool.fresh_share": 1.0}, "config.pool.fresh_share is 1.0"),
+    ("rgal", {"pool.fresh_share": -0.5}, "config.pool.fresh_share is -0.5"),
+    ("cmi", {"pool.bank": 100}, "config.pool.bank is 100; set it to a multiple of config.pool.batch_size"),
     ("cmi", {"loss.views.negatives": 100}, "config.loss.views.negatives is 100"),
-    ("cpsc", {"generator.net": "pixels"}, "nothing to train"),
+    ("cmi", {"loss.views.temperature": 0.0}, "config.loss.views.temperature is 0.0"),
+    ("cpsc", {"method": "cmi"}, "start from configs/cmi_cifar10.py"),
+    ("cpsc", {"generator.net": "pixels"}, "no parameters to train"),
+    ("cpsc", {"student.micro_batches": 5}, "config.student.micro_batches is 5, which does not divide a batch of 32"),
     ("rgal", {"generator.flip": True}, "config.generator.flip"),
     ("zskt", {"reference": True}, "CPSC-DFKD's"),
   ],
 )
 def test_bad_settings_are_refused(method, changes, word):
-  config = config_of(method)
-  config.update_from_flattened_dict(changes)
   with pytest.raises(Refusal, match=word):
-    settings.resolve(config, mesh.make_mesh())
+    resolved(method, **changes)
+
+
+def test_only_cmi_has_the_keys_of_its_views_and_bank():
+  theirs = default.get_config()
+  assert "views" not in theirs.loss and "views" not in theirs.loss.generator and "bank" not in theirs.pool
+  ours = config_of("cmi")
+  assert ours.loss.views.negatives and ours.loss.generator.views and ours.pool.bank
 
 
 def test_stages_that_do_not_match_are_refused():
-  config = ml_collections.ConfigDict(config_of("zskt").to_dict())
-  settings.check_stages(config, "wrn_16_2")
-  with pytest.raises(Refusal, match=r"config.loss.student.attention compares stages, and those of wrn_10_1"):
-    settings.check_stages(config, "resnet18")
-  config = ml_collections.ConfigDict(config_of("rgal").to_dict())
-  with pytest.raises(Refusal, match=r"config.loss.student.channel"):
-    settings.check_stages(config, "resnet18")
+  devices = mesh.make_mesh()
+  for method, term in (("zskt", "attention"), ("rgal", "channel")):
+    c = config_of(method)
+    config.check_terms(c, DIGITS, devices, nets.classifier("wrn_16_2", 10))
+    with pytest.raises(Refusal, match=rf"config.loss.student.{term} compares stages, and those of wrn_10_1"):
+      config.check_terms(c, DIGITS, devices, nets.classifier("resnet18", 10))
 
 
 def test_projections_are_trained_and_not_saved():
-  game, teacher, state = start("rgal")
-  assert isinstance(game.student, nets.StageProjections)
-  after, _ = jit(lambda s, x, y: algorithm.learn(game, teacher, s, x, y, jax.random.key(0)))(
-    state, jnp.asarray(np.random.default_rng(0).normal(size=(32, 8, 8, 1)), jnp.float32), jnp.arange(32) % 10
-  )
+  setup, teacher, state = start("rgal")
+  assert isinstance(setup.student.net, nets.StageProjections)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8, 8, 1)), jnp.float32)
+  update = jit(functools.partial(algorithm.student_update, setup))
+  after, _ = update(teacher, state, x, jnp.arange(32) % 10, jax.random.key(0))
   assert not equal(after.student.params["stage_0"], state.student.params["stage_0"])
-  net, variables = nets.without_head(game.student, after.student.variables)
+  net, variables = nets.deployed(setup.student.net, after.student.variables)
   assert nets.count_parameters(variables["params"]) == 77562
   x = jnp.ones((2, 8, 8, 1))
-  whole = game.student.apply(after.student.variables, x, train=False)
+  whole = setup.student.net.apply(after.student.variables, x, train=False)
   assert np.array_equal(net.apply(variables, x, train=False).logits, whole.logits)
   means = [np.asarray(stage).mean((1, 2)) for stage in whole.stages]
   for i, mean in enumerate(means):
@@ -219,22 +388,33 @@ def test_terms_of_the_neighbours(dtype):
   others = [rng.normal(size=(7, n, n, k)) for n, k in ((4, 2), (2, 6))]
   projected = [rng.normal(size=(7, k)) for k in (3, 5)]
   limit = 1e-9 if dtype == np.float64 else 1e-4
-  close = lambda ours, theirs: assert_close(ours, theirs, limit)
-  array = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-  kl = lambda p, q: np.sum(p * (np.log(p) - np.log(q)), -1)
+
+  def close(ours, theirs):
+    assert_close(ours, theirs, limit)
+
+  def array(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+  def kl(p, q):
+    return np.sum(p * (np.log(p) - np.log(q)), -1)
+
+  def attention_map(a):
+    m = (a**2).mean(-1).reshape(7, -1)
+    return m / np.linalg.norm(m, axis=1, keepdims=True)
+
   p, q = softmax(t / 20), softmax(s / 20)
-  close(losses.kl(array(t), array(s), 20.0), 400 * kl(p, q).mean())
+  close(losses.kl(array(t), array(s), 20.0), 400 * kl(p, q))
   agreed = t.argmax(1) == s.argmax(1)
   assert 0 < agreed.sum() < 7
-  close(losses.kl_where_agreed(array(t), array(s)), (kl(softmax(t), softmax(s)) * agreed).mean())
+  close(losses.kl_where_agreed(array(t), array(s)), kl(softmax(t), softmax(s)) * agreed)
   p, q = softmax(t / 3), softmax(s / 3)
   m = (p + q) / 2
-  close(losses.jensen_shannon(array(t), array(s)), np.mean(kl(p, m) + kl(q, m)) / 2)
-  close(losses.l1(array(t), array(s)), np.abs(t - s).mean())
+  close(losses.jensen_shannon(array(t), array(s)), (kl(p, m) + kl(q, m)) / 2)
+  close(losses.l1(array(t), array(s)), np.abs(t - s).mean(-1))
   mean = softmax(t).mean(0)
-  close(losses.imbalance(array(t)), np.sum(mean * np.log(mean)))
-  assert np.isfinite(jax.grad(lambda x: losses.imbalance(x))(array(np.eye(4) * 1000))).all()
-  close(losses.inactivity(array(s)), -np.abs(s).mean())
+  close(losses.balance(array(t)), np.sum(mean * np.log(mean)))
+  assert np.isfinite(jax.grad(losses.balance)(array(np.eye(4) * 1000))).all()
+  close(losses.activation(array(s)), -np.abs(s).mean(-1))
   x = stages[0]
   neighbours = [
     x[:, :, :-1] - x[:, :, 1:],
@@ -244,32 +424,40 @@ def test_terms_of_the_neighbours(dtype):
   ]
   close(losses.total_variation(array(x)), sum(np.sqrt((d**2).sum()) for d in neighbours))
   close(losses.norm(array(x)), np.sqrt((x**2).sum()))
-  look = lambda a: (lambda m: m / np.linalg.norm(m, axis=1, keepdims=True))((a**2).mean(-1).reshape(7, -1))
-  want = sum(((look(a) - look(b)) ** 2).mean() for a, b in zip(stages, others, strict=True))
+  want = sum(((attention_map(a) - attention_map(b)) ** 2).mean(-1) for a, b in zip(stages, others, strict=True))
   close(losses.attention(array(stages), array(others)), want)
-  want = sum(((a.mean((1, 2)) - b) ** 2).mean() for a, b in zip(stages, projected, strict=True))
+  want = sum(((a.mean((1, 2)) - b) ** 2).mean(-1) for a, b in zip(stages, projected, strict=True))
   close(losses.channel_distillation(array(stages), array(projected)), want)
+
+
+class UnitCritic:
+  """A critic without parameters: rows at unit length."""
+
+  def apply(self, variables, x):
+    return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
 def test_contrast_of_views(batches):
   """CMI's loss against its formula, with an empty, a part-filled and a full bank."""
-  from cpsc_jax import pool
-
   rng = np.random.default_rng(batches)
-  rows = lambda n: rng.normal(size=(n, 5)).astype(np.float32)
+
+  def rows(n):
+    return rng.normal(size=(n, 5)).astype(np.float32)
+
+  def as_output(means):
+    return Output(None, None, (jnp.asarray(means)[:, None, None, :],))
+
   bank = pool.empty(3, 4, features=((10,), jnp.float32))
   for _ in range(batches):
     bank = pool.add(bank, features=jnp.asarray(np.concatenate([rows(4), rows(4)], 1)))
   whole, local = rows(4), rows(4)
-  as_output = lambda means: Output(None, None, (jnp.asarray(means)[:, None, None, :],))
-  critic = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)
-  view = View(None, as_output(whole), None, images=jnp.zeros((4, 8, 8, 1)), key=jax.random.key(0), bank=bank)
-  view = view.replace(teach=lambda x: as_output(local), criticise=lambda x: critic(x))
-  ours = float(cmi.instance_contrast(view, 12, 0.2))
-  held = np.asarray(bank["features"]).reshape(12, 10)[: 4 * batches]
-  a = np.asarray(critic(jnp.asarray(np.concatenate([local, held[:, :5]]))))
-  b = np.asarray(critic(jnp.asarray(np.concatenate([whole, held[:, 5:]]))))
+  view = View(None, as_output(whole), None, images=jnp.zeros((4, 8, 8, 1)), key=jax.random.key(0))
+  view = view.replace(trained={"critic": {}}, memory={"bank": bank}, teach=lambda x: as_output(local))
+  ours = float(cmi.instance_contrast(view, UnitCritic(), 12, 0.2))
+  held = np.asarray(bank.arrays["features"]).reshape(12, 10)[: 4 * batches]
+  a = np.asarray(UnitCritic().apply({}, jnp.asarray(np.concatenate([local, held[:, :5]]))))
+  b = np.asarray(UnitCritic().apply({}, jnp.asarray(np.concatenate([whole, held[:, 5:]]))))
   wrong = -np.log(np.diagonal(softmax(a @ b.T / 0.2)))
   assert ours == pytest.approx(wrong[:4].mean() + (wrong[4:].mean() if batches else 0.0), rel=1e-4)
 

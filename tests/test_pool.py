@@ -1,4 +1,4 @@
-"""The pool: fills up, forgets the oldest, and gives only what is in it."""
+"""The pool: it fills up, replaces the oldest batch, and gives only what is in it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ def filled_with(batches, slots=3, batch=4):
 @pytest.mark.parametrize(("batches", "kept"), [(0, []), (1, [1]), (3, [1, 2, 3]), (5, [3, 4, 5])])
 def test_holds_the_newest(batches, kept):
   held = filled_with(batches)
-  assert int(held["count"]) == batches
-  there = np.asarray(pool.filled(held))
-  assert sorted(set(np.asarray(held["x"])[there][:, 0].tolist())) == kept and there.sum() == 4 * len(kept)
+  assert int(held.count) == batches
+  present = np.asarray(pool.filled(held))
+  assert sorted(set(np.asarray(held.arrays["x"])[present][:, 0].tolist())) == kept and present.sum() == 4 * len(kept)
 
 
 def test_draws_evenly_and_keeps_rows_together():
@@ -32,14 +32,14 @@ def test_draws_evenly_and_keeps_rows_together():
 
 
 @pytest.mark.parametrize(("batches", "number", "real"), [(0, 5, 0), (1, 6, 4), (2, 6, 6), (4, 12, 12)])
-def test_draws_apart(batches, number, real):
-  drawn, there = pool.draw_apart(filled_with(batches), jax.random.key(1), number)
-  assert int(there.sum()) == real and len(set(np.asarray(drawn["y"])[np.asarray(there)].tolist())) == real
+def test_draws_without_replacement(batches, number, real):
+  drawn, present = pool.draw_without_replacement(filled_with(batches), jax.random.key(1), number)
+  assert int(present.sum()) == real and len(set(np.asarray(drawn["y"])[np.asarray(present)].tolist())) == real
 
 
-def test_one_program_for_all_fills():
-  add = jax.jit(lambda held, x, y: pool.add(held, x=x, y=y))
+def test_one_program_however_full_it_is():
+  add = jax.jit(pool.add)
   held = filled_with(0)
   for _ in range(7):
-    held = add(held, jnp.ones((4, 2)), jnp.zeros(4, jnp.int32))
-  assert add._cache_size() == 1 and int(held["count"]) == 7
+    held = add(held, x=jnp.ones((4, 2)), y=jnp.zeros(4, jnp.int32))
+  assert add._cache_size() == 1 and int(held.count) == 7

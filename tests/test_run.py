@@ -20,6 +20,11 @@ def results_of(workdir):
   return json.loads((workdir / "results.json").read_text())
 
 
+def first_epoch(workdir):
+  """The student's first entry in history.json."""
+  return json.loads((workdir / "history.json").read_text())["student"][0]
+
+
 def test_results(finished):
   results = results_of(finished)
   assert results["arm"] == "distill" and results["method"] == "cpsc" and results["headline"] == "last"
@@ -38,9 +43,27 @@ def test_results(finished):
   assert len(fidelity) == 10 and results["generator"]["label_fidelity"] == pytest.approx(np.mean(fidelity))
   assert results["student"]["parameters"] == 77562
   assert results["samples"] == {"generator": 2 * 2 * 32, "student": 2 * 2 * 32}
+  assert results["evaluation"] == {"split": "test", "images": 454}
   assert {"jax", "flax", "optax", "python"} <= results["versions"].keys()
   assert results["hardware"]["platform"] == "cpu" and results["seconds"] > 0
   assert results["config"] == json.loads((finished / "config.json").read_text())
+
+
+def test_history(finished):
+  """Terms are means over an epoch, without weights; a total is their weighted sum."""
+  history = json.loads((finished / "history.json").read_text())
+  weights = results_of(finished)["config"]["loss"]
+  assert [entry["epoch"] for entry in history["student"]] == [1, 2]
+  for entry in history["student"]:
+    assert entry.keys() == {"epoch", "terms", "totals", "accuracy", "agreement", "label_fidelity"}
+    named = [name.split("/") for name in entry["terms"]]
+    for player in ("generator", "student"):
+      ours = {term: weights[player][term] for who, term in named if who == player}
+      assert ours == {term: weight for term, weight in weights[player].items() if weight and term != "head"}
+      total = sum(weight * entry["terms"][f"{player}/{term}"] for term, weight in ours.items())
+      assert entry["totals"][player] == pytest.approx(total, rel=1e-5)
+  (entry,) = history["teacher"]
+  assert entry["totals"] == {"student": pytest.approx(entry["terms"]["student/ce"])}
 
 
 def test_files(finished):
@@ -58,6 +81,7 @@ def test_files(finished):
     "student",
   } <= names
   assert list((finished / "events").glob("events.*"))
+  assert not [name for name in names if "partial" in name]
   for picture in ("samples.png", "curves.png"):
     pixels = matplotlib.image.imread(finished / picture)
     assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, f"{picture} shows nothing"
@@ -70,7 +94,7 @@ def test_saved_nets_reproduce_the_figures(finished, digits_dir):
   from cpsc_jax import datasets, evaluate, nets
   from cpsc_jax.mesh import make_mesh
 
-  test = datasets.load_test("digits", digits_dir)
+  test = datasets.find("digits", digits_dir).load_evaluation("test")
   results = results_of(finished)
   for folder, want in (
     ("teacher", results["teacher"]["accuracy"]),
@@ -109,13 +133,40 @@ def test_control_arms(finished, digits_dir, tmp_path, arm):
   assert results["arm"] == arm
   assert results["teacher"]["digest"] == results_of(finished)["teacher"]["digest"]
   assert results["samples"]["generator"] == 0 and results["samples"]["student"] == 128
-  terms = set(json.loads((tmp_path / arm / "history.json").read_text())["student"][0]["terms"])
+  entry = first_epoch(tmp_path / arm)
+  terms = entry["terms"].keys()
   if arm == "untrained_generator":
     assert results["generator"]["label_fidelity"] <= 0.5 and (tmp_path / arm / "samples.png").exists()
   else:
     assert results["generator"] is None and not (tmp_path / arm / "samples.png").exists()
   assert ("student/kd" in terms) == (arm != "real_labels")
   assert not any(name.startswith("generator") for name in terms), "no generator step was taken"
+  assert entry["totals"].keys() == {"student"}
+
+
+def test_control_arms_augment_as_the_student_does(digits_dir):
+  """Not as the teacher was augmented in its training."""
+  import jax
+  from cpsc_jax.configs import digits
+
+  from cpsc_jax import config, datasets, experiment, teach
+  from cpsc_jax.mesh import make_mesh
+
+  data, mesh = datasets.find("digits", digits_dir), make_mesh()
+  c = digits.get_config("smoke")
+  c.arm, c.teacher.crop_pad = "real_labels", 3
+  for crop_pad in (0, 2):
+    c.student.crop_pad = crop_pad
+    resolved, card = config.resolve(c, data.spec, mesh), teach.describe_teacher(c, data)
+    net = experiment.build_teacher(resolved, card)
+    teacher = teach.Teacher(net, {}, card)
+    setup, _ = teach.real_arm(resolved, experiment.build(resolved, data.spec, net, card, mesh), teacher, data)
+    if not crop_pad:
+      assert setup.student.augment is None
+      continue
+    images = 1.0 + jax.random.uniform(jax.random.key(0), (200, 8, 8, 1))
+    rows = np.asarray(setup.student.augment(jax.random.key(1), images) > 1).any(axis=(2, 3)).sum(axis=1)
+    assert rows.min() == 8 - crop_pad and rows.max() == 8, "black rows come in from one side"
 
 
 def test_reference_mode_runs(finished, digits_dir, tmp_path):
@@ -125,14 +176,42 @@ def test_reference_mode_runs(finished, digits_dir, tmp_path):
   assert results["reference"] and results["headline"] == "best" and results["config"]["precision"] == "float16"
 
 
+def test_evaluating_on_the_validation_part(tmp_path, digits_dir, capsys, monkeypatch):
+  """A fifth of the 1,343 training images: held out of all training, reported by that name."""
+  from cpsc_jax import datasets
+
+  held_out = datasets.find("digits", digits_dir).load_evaluation("validation")
+  trained_on, load_train = [], datasets.Data.load_train
+
+  def watched(data, split):
+    trained_on.append(load_train(data, split))
+    return trained_on[-1]
+
+  monkeypatch.setattr(datasets.Data, "load_train", watched)
+  argv = command(tmp_path / "w", digits_dir, "--config.evaluate.split=validation", "--config.arm=real_labels")
+  assert main(argv) == 0
+  shown = capsys.readouterr().out
+  assert "on the 1,075 training images" in shown or "on the 1075 training images" in shown
+  assert "on the validation split" in shown and "268 validation images" in shown
+  results = results_of(tmp_path / "w")
+  assert results["evaluation"] == {"split": "validation", "images": 268}
+  for accuracy in (results["teacher"]["accuracy"], results["student"]["last"]["accuracy"]):
+    assert round(accuracy * 268) == pytest.approx(accuracy * 268, abs=1e-3)
+  assert checkpoint.read_card(tmp_path / "w" / "teacher")["evaluated_on"] == "validation"
+  assert [len(split) for split in trained_on] == [1075, 1075], "of the teacher and of the control arm"
+  ours, theirs = ({image.tobytes() for image in np.asarray(s.images)} for s in (held_out, trained_on[0]))
+  assert len(ours) == 268 and not ours & theirs
+  assert main([*argv, "--config.evaluate.split=test"]) == 2
+  assert "evaluate.split" in capsys.readouterr().err
+
+
 WRN_10_2 = 303418
 
 
 def test_other_nets_with_a_head(finished, digits_dir, tmp_path):
   flags = ("--config.student.net=wrn_10_2", f"--config.teacher.checkpoint={finished / 'teacher'}")
   assert main(command(tmp_path / "h", digits_dir, *flags)) == 0
-  terms = set(json.loads((tmp_path / "h" / "history.json").read_text())["student"][0]["terms"])
-  assert "student/head" in terms
+  assert "student/head" in first_epoch(tmp_path / "h")["terms"]
   assert set(checkpoint.read_card(tmp_path / "h" / "student")) >= {"net", "num_classes"}
   assert results_of(tmp_path / "h")["student"]["parameters"] == WRN_10_2, "what is deployed has no head"
 
@@ -207,10 +286,11 @@ def test_bad_flags_are_refused(capsys, tmp_path):
   refused(capsys, [SMOKE, w, "--config.student.lr=fast"], "fast")
   refused(capsys, [SMOKE.replace(":smoke", ":quick"), w], "no variant 'quick'")
   refused(capsys, [SMOKE, w, "--confg=1"], "confg")
-  refused(capsys, [SMOKE, w, "train"], "'train' is not a flag")
+  refused(capsys, [SMOKE, w, "train"], "unexpected argument 'train'")
   refused(capsys, [SMOKE, w, "--config.student.net=resnet19"], "no net 'resnet19'", "did you mean 'resnet18'")
   refused(capsys, [SMOKE, w, "--config.dataset.name=mnist"], "no data set 'mnist'")
   refused(capsys, [SMOKE, w, "--config.arm=none"], "real_labels")
+  refused(capsys, [SMOKE, w, "--config.precision=float8"], "config.precision is 'float8'")
   refused(capsys, [SMOKE, "--workdir=gs://bucket/run"], "mount the bucket")
   assert not (tmp_path / "w").exists(), "nothing is made before the config is right"
 
@@ -218,12 +298,14 @@ def test_bad_flags_are_refused(capsys, tmp_path):
 def test_missing_data_names_the_command(capsys, tmp_path):
   config = f"--config={REPOSITORY / 'configs' / 'cifar10.py'}:smoke"
   argv = [config, f"--workdir={tmp_path / 'w'}", f"--config.dataset.data_dir={tmp_path}"]
-  refused(capsys, argv, f"python -m cpsc_jax.datasets.prepare cifar10 --data_dir {tmp_path}")
+  refused(capsys, argv, f"cpsc-jax prepare cifar10 --data_dir {tmp_path}")
   assert not (tmp_path / "w").exists()
 
 
 def test_misfit_teachers_are_refused(capsys, tmp_path, digits_dir, finished):
-  where = lambda path: f"--config.teacher.checkpoint={path}"
+  def where(path):
+    return f"--config.teacher.checkpoint={path}"
+
   argv = command(tmp_path / "w", digits_dir)[1:]
   refused(capsys, [*argv, where(tmp_path / "nothing")], "no saved net")
   for key, value in (("num_classes", 100), ("image_size", 32), ("channels", 3)):
@@ -268,7 +350,10 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, digits_dir):
   ]
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-  assert done.returncode == 2 and "config.schedule.batch_size is 36, which 8 devices" in done.stderr
+  assert (
+    done.returncode == 2
+    and "config.schedule.batch_size must be a positive multiple of 8, the number of devices, got 36" in done.stderr
+  )
 
 
 def test_eight_devices_run_the_same_program(finished, tmp_path, digits_dir):
@@ -276,10 +361,11 @@ def test_eight_devices_run_the_same_program(finished, tmp_path, digits_dir):
   argv = [sys.executable, "-m", "cpsc_jax.main", *command(tmp_path / "w", digits_dir, *flags)[1:]]
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
-  one, eight = (json.loads((w / "history.json").read_text())["student"][0]["terms"] for w in (finished, tmp_path / "w"))
+  one, eight = (first_epoch(workdir) for workdir in (finished, tmp_path / "w"))
   assert results_of(tmp_path / "w")["hardware"]["devices"] == 8
-  for name, value in one.items():
-    assert eight[name] == pytest.approx(value, rel=1e-2), name
+  assert len(one["terms"]) == 8 and one["totals"].keys() == {"generator", "student"}
+  for kind in ("terms", "totals"):
+    assert eight[kind] == pytest.approx(one[kind], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -288,9 +374,12 @@ def test_cifar10_smoke_on_the_real_images(tmp_path):
 
   subprocess.run([sys.executable, shared("data", "unpack.py"), "cifar10", tmp_path], check=True)
   prepare("cifar10", str(tmp_path / "d"), str(next(tmp_path.glob("*.tar.gz"))))
-  smoke = lambda name: f"--config={REPOSITORY / 'configs' / name}.py:smoke"
+
+  def smoke(name):
+    return f"--config={REPOSITORY / 'configs' / name}.py:smoke"
+
   assert main(command(tmp_path / "w", tmp_path / "d", config=smoke("cifar10"))) == 0
-  assert results_of(tmp_path / "w")["test_images"] == 10000
+  assert results_of(tmp_path / "w")["evaluation"] == {"split": "test", "images": 10000}
   given = f"--config.teacher.checkpoint={tmp_path / 'w' / 'teacher'}"
   assert main(command(tmp_path / "rgal", tmp_path / "d", given, config=smoke("rgal_cifar10"))) == 0
-  assert results_of(tmp_path / "rgal")["test_images"] == 10000
+  assert results_of(tmp_path / "rgal")["evaluation"] == {"split": "test", "images": 10000}

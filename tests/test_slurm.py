@@ -54,6 +54,10 @@ def queue():
   return subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout
 
 
+def idle_nodes():
+  return subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], capture_output=True, text=True).stdout.strip()
+
+
 def free_ports(count):
   probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
   ports = [probe.getsockname()[1] for probe in probes]
@@ -86,11 +90,8 @@ def slurm(tmp_path, monkeypatch):
     daemons.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     if command[0] == "munged":
       wait_for((folder / "munge.socket").exists, 20, "munged starting")
-  idle = lambda: subprocess.run(
-    ["sinfo", "-h", "-t", "idle", "-o", "%D"], capture_output=True, text=True
-  ).stdout.strip()
   try:
-    wait_for(lambda: idle() == "2", 60, "two nodes being ready")
+    wait_for(lambda: idle_nodes() == "2", 60, "two nodes being ready")
     yield folder
   finally:
     subprocess.run(["scancel", "--full", "--user=root"], check=False)
@@ -145,6 +146,8 @@ def test_two_tasks_one_killed_job_resumed(slurm, tmp_path, digits_dir, monkeypat
 
 
 def test_help_and_dry_run():
-  run = lambda *argv: subprocess.run(["bash", SCRIPT, *argv], capture_output=True, text=True, check=True).stdout
+  def run(*argv):
+    return subprocess.run(["bash", SCRIPT, *argv], capture_output=True, text=True, check=True).stdout
+
   assert "sbatch --nodes=4" in run("--help")
   assert run("--dry-run", "--config", "c.py").strip().endswith("-m cpsc_jax.main --config c.py")

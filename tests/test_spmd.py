@@ -17,8 +17,8 @@ from cpsc_jax.methods import METHODS
 LAUNCHER = (sys.executable, REPOSITORY / "launch" / "local_processes.py")
 
 
-def run_worker(out, processes, devices, contrast, method):
-  command = [sys.executable, REPOSITORY / "tests" / "spmd_worker.py", out, contrast, method]
+def run_worker(out, processes, devices, scl_form, method):
+  command = [sys.executable, REPOSITORY / "tests" / "spmd_worker.py", out, scl_form, method]
   if processes > 1:
     command = [*LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *command]
   environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -37,7 +37,7 @@ def on_one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  "processes, devices, contrast, method",
+  "processes, devices, scl_form, method",
   [
     (1, 8, "blockwise", "cpsc"),
     (1, 8, "dense", "rgal"),
@@ -48,8 +48,8 @@ def on_one_device(tmp_path_factory):
     *(pytest.param(1, 8, "dense", name, marks=pytest.mark.slow) for name in METHODS if name not in ("cpsc", "rgal")),
   ],
 )
-def test_twenty_iterations_do_not_depend_on_the_devices(on_one_device, tmp_path, processes, devices, contrast, method):
-  found, wanted = run_worker(tmp_path / "terms.npz", processes, devices, contrast, method), on_one_device(method)
+def test_twenty_iterations_do_not_depend_on_the_devices(on_one_device, tmp_path, processes, devices, scl_form, method):
+  found, wanted = run_worker(tmp_path / "terms.npz", processes, devices, scl_form, method), on_one_device(method)
   assert found.keys() == wanted.keys() and sum("terms" in key for key in found) >= 4
   for key, want in wanted.items():
     assert np.max(np.abs(found[key] - want)) <= 1e-9 * max(np.max(np.abs(want)), 1e-3), key
@@ -59,9 +59,11 @@ def test_twenty_iterations_do_not_depend_on_the_devices(on_one_device, tmp_path,
 def test_a_process_that_dies_is_named_and_the_job_resumed(tmp_path):
   """Two processes train; one kills itself once; the launcher says so, and the second start ends as if nothing was."""
   worker = [sys.executable, REPOSITORY / "tests" / "loop_worker.py"]
-  launch = lambda *argv: subprocess.run(
-    [*LAUNCHER, "--devices=2", "--grace=1", "--", *worker, *argv], capture_output=True, text=True, check=True
-  )
+
+  def launch(*argv):
+    command = [*LAUNCHER, "--devices=2", "--grace=1", "--", *worker, *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
   launch(tmp_path / "whole", "never")
   broken = launch(tmp_path / "broken", "once")
   assert "process 1 was killed by SIGKILL" in broken.stdout and "starting again, 1 of 3" in broken.stdout
@@ -79,7 +81,8 @@ def test_processes_that_cannot_be_joined_are_refused():
     return done.stderr
 
   assert "set without CPSC_JAX_PROCESSES, CPSC_JAX_PROCESS" in refusal(COORDINATOR="localhost:1")
-  assert "does not name a process" in refusal(COORDINATOR="localhost:1", PROCESSES="2", PROCESS="2")
+  wrong = refusal(COORDINATOR="localhost:1", PROCESSES="2", PROCESS="2")
+  assert "CPSC_JAX_PROCESS the index of this process, from 0 to that number less one; got localhost:1, 2, 2" in wrong
 
 
 def test_launcher_hands_back_a_refusal_and_does_not_start_again(tmp_path):

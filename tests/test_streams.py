@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,11 @@ def uses_of_keys(program, *arguments):
 
   def watched(name, function):
     def call(key, *args, **kwargs):
-      numbered = ("fold_in", args[0] if not isinstance(args[0], jax.core.Tracer) else "a counter")
-      uses.append((key, numbered if name == "fold_in" else name))
+      use = name
+      if name == "fold_in":
+        use = (name, "a counter" if isinstance(args[0], jax.core.Tracer) else int(args[0]))
+      if sys._getframe(1).f_globals["__name__"].startswith("cpsc_jax"):  # Flax looks after its own keys
+        uses.append((key, use))
       return function(key, *args, **kwargs)
 
     return call
@@ -54,11 +58,14 @@ def uses_of_keys(program, *arguments):
   return uses
 
 
-def assert_no_key_serves_twice(uses):
+def assert_no_key_serves_twice(uses, repeated=()):
+  """`repeated`: streams whose draw is meant to be computed in two places, with the same outcome."""
+  repeats = {("fold_in", streams.TAGS[stream]) for stream in repeated}
   by_key = collections.defaultdict(list)
   for key, use in uses:
     by_key[id(key)].append(use)
   for served in by_key.values():
+    served = [use for use in served if use not in repeats] + sorted(repeats & set(served))
     assert len(set(served)) == len(served), f"one key is used twice for {served}"
     if any(not isinstance(use, tuple) for use in served):
       assert len(served) == 1, f"one key is drawn from and has other uses: {served}"
@@ -87,7 +94,9 @@ def test_no_key_of_an_iteration_serves_twice(method):
   def program(key, teacher):
     return algorithm.epoch(setup, 1)(algorithm.initial_state(setup, key, spec.image_shape), teacher)
 
-  assert_no_key_serves_twice(uses_of_keys(program, streams.root(0), teacher))
+  uses = uses_of_keys(program, streams.root(0), teacher)
+  # CMI's bank remembers the very views that its loss compared.
+  assert_no_key_serves_twice(uses, repeated=[Stream.LOCAL_VIEWS] if method == "cmi" else [])
 
 
 def test_no_key_of_training_on_real_data_serves_twice():

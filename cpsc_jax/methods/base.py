@@ -49,4 +49,12 @@ def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: d
 
   move_statistics = parts.config.generator.stats_in_student_steps
   source = sources.fresh(parts.generator.net, noise, batch_size, move_statistics)
-  return Method(generator_terms, student_terms, source=source, draw=draw, samples=samples, noise=noise)
+  return Method(
+    generator_terms,
+    student_terms,
+    source=source,
+    draw=draw,
+    samples=samples,
+    noise=noise,
+    batch_size=batch_size,
+  )

@@ -7,6 +7,7 @@ critic that is trained along.
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -16,6 +17,7 @@ from cpsc_jax import pool as pools
 from cpsc_jax.errors import Refusal
 from cpsc_jax.methods import inversion, terms
 from cpsc_jax.methods.base import Parts
+from cpsc_jax.nets.layers import linear, unit
 from cpsc_jax.setup import Method, Term
 from cpsc_jax.state import Output, State, TrainState, Tree, View
 from cpsc_jax.streams import Stream
@@ -25,9 +27,20 @@ SMALLEST = 0.25  # share of the image's area that a local view shows at least
 RATIO = 4 / 3  # of its sides, at most
 
 
+class Critic(nn.Module):
+  """(N, D) -> (N, features) of unit length: the two-layer head under which views are compared."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    return unit(linear(self.features, width, name="second")(nn.relu(linear(width, width, name="first")(x))))
+
+
 def method(parts: Parts) -> Method:
   c, pool = parts.config.loss.views, parts.config.pool
-  critic = nets.Critic(c.width)
+  critic = Critic(c.width)
   width = sum(stage.shape[-1] for stage in nets.output_shapes(parts.teacher, parts.image_shape).stages)
 
   def views(v: View) -> jax.Array:
@@ -69,6 +82,8 @@ def method(parts: Parts) -> Method:
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses settings of pool, bank and contrast that do not fit each other."""
   inversion.check(config, mesh)
+  if "views" not in config.loss:
+    raise Refusal("method 'cmi' has keys of its own, which this config lacks; start from configs/cmi_cifar10.py.")
   for key in ("temperature", "negatives", "width"):
     if config.loss.views[key] <= 0:
       raise Refusal(f"config.loss.views.{key} is {config.loss.views[key]}; it must be greater than 0.")
@@ -90,7 +105,7 @@ def averaged_stages(output: Output) -> jax.Array:
   return jnp.concatenate([losses.spatial_mean(stage) for stage in output.stages], axis=1)
 
 
-def instance_contrast(v: View, critic: nets.Critic, negatives: int, temperature: float) -> jax.Array:
+def instance_contrast(v: View, critic: nn.Module, negatives: int, temperature: float) -> jax.Array:
   """Each local view against all global ones, of this batch and of `negatives` from the bank: () (eq. 6)."""
   local, whole = two_views(v)
   number = local.shape[0]

@@ -18,9 +18,7 @@ def method(parts: Parts) -> Method:
   supervised_contrast = losses.supervised_contrast
   if c.scl_form == "blockwise":
     placement = {"split": batch_sharding(parts.mesh), "whole": replicated(parts.mesh)}
-    supervised_contrast = functools.partial(
-      losses.supervised_contrast_blockwise, block=c.scl_block, **placement
-    )
+    supervised_contrast = functools.partial(losses.supervised_contrast_blockwise, block=c.scl_block, **placement)
 
   def contrast(student_features: jax.Array, v: View) -> jax.Array:
     """Every sample is seen twice, by the student and by the teacher."""

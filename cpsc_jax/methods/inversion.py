@@ -107,12 +107,13 @@ def inverting(
     samples=samples,
     pool=lambda state: state.memory["pool"],
     noise=noise,
+    batch_size=number,
     shardings=shardings,
   )
 
 
 def student_source(parts: Parts) -> sources.Source:
-  """The pool, mixed with config.pool.fresh_share of samples that the present generator draws afresh."""
+  """The pool, mixed with config.pool.fresh_share of fresh samples of the current generator."""
   config, mesh = parts.config, parts.mesh
   number = fresh_number(config)
   pooled = sources.pooled(config.schedule.batch_size - number, mesh)
