@@ -33,5 +33,6 @@ def get_config(variant=""):
     c.schedule.batch_size = 64
     c.loss.generator.ce = 4.0
     c.generator.student_mode = "train"
+    c.evaluate.every = 3
     default.apply_variant(c, variant)
   return c

@@ -44,7 +44,8 @@ def describe_teacher(config: Config, data: Data) -> dict:
   """The card of the teacher that a run will use, from the given checkpoint or of the one to be trained; no arrays.
 
   Raises:
-    Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's.
+    Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's; a teacher
+      that was trained on the images that the run would evaluate on.
   """
   spec, folder = data.spec, config.teacher.checkpoint
   if not folder:
@@ -64,6 +65,11 @@ def describe_teacher(config: Config, data: Data) -> dict:
         f"the teacher in {folder} has {key} {card.get(key)}, data set '{data.name}' has {getattr(spec, key)}; set"
         " config.dataset.name to the data set that it was trained for."
       )
+  if config.evaluate.split == "validation" and card.get("evaluated_on") == "test":
+    raise Refusal(
+      f"the teacher in {folder} was trained on the whole training split, the validation part included; train one with"
+      " config.evaluate.split=validation, or evaluate on 'test'."
+    )
   nets.classifier(card["net"], card["num_classes"])
   return card
 

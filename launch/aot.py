@@ -110,6 +110,7 @@ def lower(
   """
   grid, data = mesh.make_mesh(devices), datasets.find(config.dataset.name, config.dataset.data_dir)
   spec, card = data.spec, teach.describe_teacher(config, data)
+  config = ml_collections.ConfigDict(config.to_dict())
   config.teacher.checkpoint = config.teacher.checkpoint or "some folder"  # no teacher is trained here
   config = configs.resolve(config, spec, grid, nets.classifier(card["net"], spec.num_classes))
   teacher_net = experiment.build_teacher(config, card)

@@ -137,7 +137,7 @@ sys.path.insert(0, "launch")
 import aot
 from cpsc_jax import algorithm, main
 
-workdir, *flags = sys.argv[1:]
+workdir, teacher, *flags = sys.argv[1:]
 compile_epoch, programs = algorithm.compile_epoch, []
 
 
@@ -159,9 +159,11 @@ class Watched:
 
 
 algorithm.compile_epoch = Watched
-assert main.main(["main", f"--workdir={workdir}", *flags]) == 0
+assert main.main(["main", f"--workdir={workdir}", *flags, teacher]) == 0
 options, config = aot.parse(["--topology=v5e:2x2", *flags])
+before = config.to_json()
 lowered, resolved = aot.lower(config, jax.devices())
+assert config.to_json() == before
 assert resolved.name == "digits_smoke" and "stablehlo.convolution" in lowered.as_text()
 run, ahead = programs
 assert run == ahead
@@ -170,7 +172,8 @@ assert run == ahead
 
 def test_what_is_lowered_is_what_a_run_compiles(finished, digits_dir, tmp_path):
   """Traced for the devices of this machine; to compile it for others takes libtpu."""
-  flags = (f"--config.teacher.checkpoint={finished / 'teacher'}", "--config.schedule.epochs=1")
-  argv = [sys.executable, "-c", SAME_PROGRAM, str(tmp_path / "w"), SMOKE, *command("", digits_dir, *flags)[3:]]
+  teacher = f"--config.teacher.checkpoint={finished / 'teacher'}"
+  flags = command("", digits_dir, "--config.schedule.epochs=1")[3:]
+  argv = [sys.executable, "-c", SAME_PROGRAM, str(tmp_path / "w"), teacher, SMOKE, *flags]
   done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

@@ -316,6 +316,13 @@ def test_misfit_teachers_are_refused(capsys, tmp_path, digits_dir, finished):
     refused(capsys, [*argv, where(folder)], key, str(value), "config.dataset.name")
 
 
+def test_a_teacher_that_saw_the_validation_part_is_refused(capsys, tmp_path, digits_dir, finished):
+  flags = (f"--config.teacher.checkpoint={finished / 'teacher'}", "--config.evaluate.split=validation")
+  argv = command(tmp_path / "w", digits_dir, *flags)[1:]
+  refused(capsys, argv, "trained on the whole training split", "config.evaluate.split=validation")
+  assert not (tmp_path / "w").exists()
+
+
 def test_a_damaged_teacher_is_refused(capsys, tmp_path, digits_dir, finished):
   import shutil
 
