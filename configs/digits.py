@@ -13,7 +13,7 @@ def get_config(variant=""):
     c.name = "digits"
     c.dataset.name = "digits"
     c.teacher.net = "wrn_16_1"
-    c.teacher.epochs = 80
+    c.teacher.epochs = 60
     c.teacher.batch_size = 64
     c.teacher.warmup_epochs = 1
     c.teacher.label_smoothing = 0.05
@@ -24,15 +24,15 @@ def get_config(variant=""):
     c.student.crop_pad = 1
     c.student.warmup_epochs = 2
     c.generator.latent_dim = 8
-    c.generator.width = 32
+    c.generator.width = 16
     c.generator.steps = 1
     c.generator.lr = 3e-4
     c.generator.milestones = ()
-    c.schedule.epochs = 75
+    c.schedule.epochs = 60
     c.schedule.iterations = 40
     c.schedule.batch_size = 64
     c.loss.generator.ce = 4.0
     c.generator.student_mode = "train"
-    c.evaluate.every = 3
+    c.evaluate.every = 5
     default.apply_variant(c, variant)
   return c

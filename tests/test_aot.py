@@ -170,6 +170,7 @@ assert run == ahead
 """
 
 
+@pytest.mark.slow
 def test_what_is_lowered_is_what_a_run_compiles(finished, digits_dir, tmp_path):
   """Traced for the devices of this machine; to compile it for others takes libtpu."""
   teacher = f"--config.teacher.checkpoint={finished / 'teacher'}"

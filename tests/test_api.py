@@ -184,6 +184,7 @@ def test_a_workdir_of_another_run_is_refused(own_run, test_images):
     distill(test_images, teacher=other, student=student, overrides=OVERRIDES, workdir=workdir)
 
 
+@pytest.mark.slow
 def test_methods_without_a_generator_to_keep(test_images):
   """DeepInversion keeps a pool, and there is nothing to draw fresh samples from."""
   config = str(REPOSITORY / "configs" / "deepinversion_cifar10.py:digits_smoke")
@@ -293,6 +294,7 @@ def test_a_saved_teacher_that_does_not_fit_is_refused(finished, test_images):
     distill(images, teacher=str(teacher), image_shape=(8, 8, 3), mean=[0.3057] * 3, std=[0.3762] * 3)
 
 
+@pytest.mark.slow
 def test_a_config_of_ones_own(test_images):
   """It is copied; its own values stay where nothing overrides them."""
   from cpsc_jax.configs import digits

@@ -92,6 +92,7 @@ def test_a_run_that_fails_is_named(tmp_path):
     methods.run(f"{DIGITS}:smoke", ["--config.no_such=1"], tmp_path / "dafl-0", {0})
 
 
+@pytest.mark.slow
 def test_finished_rows_are_not_run_again(tmp_path, digits_dir):
   argv = [f"--config={DIGITS}:smoke", "--seeds=1", "--only=dfad", f"--out={tmp_path / 'm'}"]
   argv += [f"--config.dataset.data_dir={digits_dir}"]

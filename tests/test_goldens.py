@@ -271,7 +271,7 @@ def recording(tx):
 @pytest.fixture(
   params=[
     ("iter_init", "iter_cifar10"),
-    ("iter_init", "iter_cifar100"),
+    pytest.param(("iter_init", "iter_cifar100"), marks=pytest.mark.slow),  # the other two cover both loss forms
     ("iter_adapter_init", "iter_adapter_cifar100"),
   ],
   ids=lambda p: p[1],

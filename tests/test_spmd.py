@@ -40,7 +40,7 @@ def on_one_device(tmp_path_factory):
   "processes, devices, scl_form, method",
   [
     (1, 8, "blockwise", "cpsc"),
-    (1, 8, "dense", "rgal"),
+    pytest.param(1, 8, "dense", "rgal", marks=pytest.mark.slow),
     pytest.param(1, 8, "dense", "cpsc", marks=pytest.mark.slow),
     pytest.param(2, 4, "dense", "cpsc", marks=pytest.mark.slow),
     pytest.param(2, 4, "blockwise", "cpsc", marks=pytest.mark.slow),
