@@ -29,7 +29,7 @@ class Plan:
   Attributes:
     title: its name in progress lines and messages.
     epoch: state -> (state, {player: losses}); a jitted function that may donate its argument. The arrays of the losses
-      have shape (iterations, steps of the player), or size 0 for a player that took no step.
+      have shape (iterations, steps of the player), and a player that takes no step is left out or has size 0.
     measure: state -> {name: scalar} with at least "accuracy"; jitted.
     variables: state -> what is kept of the best epoch.
     epochs: how many there are in all.

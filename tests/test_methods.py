@@ -85,7 +85,13 @@ def on_host(state):
   return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
 
 
-@EVERY
+# The quick suite has one method of each kind: fresh samples, an image pool, a pool with a critic and a bank.
+QUICK = ("cpsc", "rgal", "cmi")
+
+
+@pytest.mark.parametrize(
+  "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_contract(method, tmp_path):
   """Finite terms under the method's names, a student that moves, a teacher that does not, one program, exact resume."""
   setup, teacher, state = start.__wrapped__(method)  # an epoch consumes its state

@@ -208,6 +208,7 @@ def test_evaluating_on_the_validation_part(tmp_path, digits_dir, capsys, monkeyp
 WRN_10_2 = 303418
 
 
+@pytest.mark.slow
 def test_other_nets_with_a_head(finished, digits_dir, tmp_path):
   flags = ("--config.student.net=wrn_10_2", f"--config.teacher.checkpoint={finished / 'teacher'}")
   assert main(command(tmp_path / "h", digits_dir, *flags)) == 0
@@ -363,6 +364,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, digits_dir):
   )
 
 
+@pytest.mark.slow
 def test_eight_devices_run_the_same_program(finished, tmp_path, digits_dir):
   flags = (f"--config.teacher.checkpoint={finished / 'teacher'}",)
   argv = [sys.executable, "-m", "cpsc_jax.main", *command(tmp_path / "w", digits_dir, *flags)[1:]]
