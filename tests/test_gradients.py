@@ -16,7 +16,6 @@ from cpsc_jax import algorithm, gradients, nets
 from cpsc_jax.gradients import Policy
 from cpsc_jax.state import Output
 
-
 PLAYERS = ("generator", "student")
 
 
