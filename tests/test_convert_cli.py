@@ -8,10 +8,10 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from conftest import shared
+from cpsc_jax.configs import digits
 from parity import jitted_forward, nhwc, shapes
 from safetensors.numpy import save_file
 
@@ -194,7 +194,8 @@ def test_converted_teacher_is_checked_and_used(digits_dir, tmp_path, capsys):
   with torch.no_grad():
     right = int((twin.eval()(x)[0].argmax(1).numpy() == np.asarray(test.labels)).sum())
   assert card["accuracy"] == right / 454 and f"({right} of the 454 test images of 'digits')" in printed
-  config = ml_collections.ConfigDict({"teacher": {"checkpoint": str(tmp_path / "a.pth-teacher")}})
+  config = digits.get_config()
+  config.teacher.checkpoint = str(tmp_path / "a.pth-teacher")
   card = teach.describe_teacher(config, data)
   assert card["mean"] == [0.3]
   net = nets.classifier(card["net"], card["num_classes"])
