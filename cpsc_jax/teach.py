@@ -65,7 +65,8 @@ def describe_teacher(config: Config, data: Data) -> dict:
         f"the teacher in {folder} has {key} {card.get(key)}, data set '{data.name}' has {getattr(spec, key)}; set"
         " config.dataset.name to the data set that it was trained for."
       )
-  if config.evaluate.split == "validation" and card.get("evaluated_on") == "test":
+  held_out = config.evaluate.split == "validation" and "train" in spec.sizes
+  if held_out and card.get("evaluated_on") == "test":
     raise Refusal(
       f"the teacher in {folder} was trained on the whole training split, the validation part included; train one with"
       " config.evaluate.split=validation, or evaluate on 'test'."
