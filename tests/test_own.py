@@ -86,6 +86,7 @@ def own_nets():
     yield
 
 
+@pytest.mark.slow
 def test_a_teacher_with_flax_batch_norm_is_observed(tmp_path, digits_dir, capsys):
   """Its student has no batch norm and, for the widths differ, a head."""
   flags = ("--config.teacher.net=small_bn", "--config.student.net=small")
@@ -100,6 +101,7 @@ def test_a_teacher_with_flax_batch_norm_is_observed(tmp_path, digits_dir, capsys
   assert results_of(tmp_path / "again")["student"] == before["student"]
 
 
+@pytest.mark.slow
 def test_a_saved_teacher_without_batch_norm(tmp_path, digits_dir, capsys):
   """Saved by a script and named in config.teacher.checkpoint."""
   import jax
