@@ -208,7 +208,3 @@ def _read_record(name: str, data_dir: str) -> Dataset:
     ) from error
   except (OSError, ValueError, TypeError) as error:
     raise Refusal(f"{path} was not written by preparing data set '{name}' ({error}); prepare it again.") from error
-
-
-def describe(name: str, data_dir: str) -> Dataset:
-  return find(name, data_dir).spec  # for launch/aot.py, until it calls find

@@ -1,6 +1,5 @@
 """Terms that several methods share. Weights come from the config; here stands what is weighted."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -23,16 +22,12 @@ def kd(config: ml_collections.ConfigDict) -> Term:
 
 def label_cross_entropy(label_smoothing: float = 0.0, double_softmax: bool = False) -> Term:
   """The student's prediction against the labels."""
-  return on_student(functools.partial(_cross_entropy, label_smoothing=label_smoothing, double_softmax=double_softmax))
 
+  def value(v: View) -> jax.Array:
+    options = {"double_softmax": double_softmax, "label_smoothing": label_smoothing}
+    return losses.cross_entropy(v.student.logits, v.labels, **options)
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array, **options: float) -> jax.Array:
-  return losses.cross_entropy(logits, labels, **options)
-
-
-def on_student(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
-  """A loss of the student's logits (N, C) and the labels (N,)."""
-  return Term(lambda v: loss(v.student.logits, v.labels))
+  return Term(value)
 
 
 def divergence(loss: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
