@@ -22,7 +22,7 @@ import ml_collections  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from cpsc_jax import configs, mesh, stop  # noqa: E402
+from cpsc_jax import compile_cache, configs, mesh, stop  # noqa: E402
 from cpsc_jax.command import INTERRUPTED  # noqa: E402
 from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     with stop.exit_on_sigterm():
       config, workdir = parse(argv)
+      compile_cache.start()
       mesh.start()
       from cpsc_jax import report, run
 

@@ -1,8 +1,9 @@
 """A convolution whose gradients are as fast inside compiled loops on CPUs as outside.
 
 XLA's CPU backend turns the gradients of a convolution into forms that it runs 10 to 30 times slower within a loop body
-(jax-ml/jax#12868), and here a whole epoch is a loop. On CPUs the gradients are therefore spelled out as a plain
-convolution and a matrix product over patches; every other platform lowers to the native ones.
+(jax-ml/jax#12868), and here a whole epoch is a loop. On CPUs convolutions are therefore those of oneDNN where it is
+installed (cpsc_jax.nets.onednn), and else the gradients are spelled out as a plain convolution and a matrix product
+over patches; every other platform lowers to the native ones.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from cpsc_jax.nets import onednn
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAVED = "convolution"  # the name of every convolution's output, for policies of rematerialisation
@@ -54,8 +57,13 @@ def _native(x, w, strides, padding, precision):
 
 
 def _on_cpu(x, w, strides, padding, precision):
-  # On maps of a few pixels the matrix product wins over the native convolution (benchmarks/convolution.py).
-  if x.shape[1] * x.shape[2] <= 4 * strides[0] * strides[1]:
+  if not _tiny(x, strides) and onednn.usable(x, w):
+    return onednn.forward(x, w, strides, padding)
+  return _spelled_out(x, w, strides, padding, precision)
+
+
+def _spelled_out(x, w, strides, padding, precision):
+  if _tiny(x, strides):
     return _patches(x, w.shape, strides, padding) @ w.reshape(-1, w.shape[3])
   return _native(x, w, strides, padding, precision)
 
@@ -78,6 +86,9 @@ def _conv_bwd(strides, padding, precision, saved, dy):
   x, w = saved
 
   def on_cpu(x, w, dy):
+    if not _tiny(x, strides) and onednn.usable(x, w, dy):
+      dx = onednn.input_gradient(dy, w, x.shape, strides, padding)
+      return dx, onednn.weight_gradient(x, dy, w.shape, strides, padding)
     (kh, kw, _, o), (_, h, wd, _) = w.shape, x.shape
     rows = _patches(x, w.shape, strides, padding).reshape(-1, w.size // o)
     dw = (rows.T @ dy.reshape(-1, o)).reshape(w.shape)
@@ -87,13 +98,18 @@ def _conv_bwd(strides, padding, precision, saved, dy):
       for k, (low, _), size, have in zip((kh, kw), padding, (h, wd), spaced.shape[1:3], strict=True)
     ]
     flipped = jnp.swapaxes(w[::-1, ::-1], 2, 3)
-    return _on_cpu(spaced, flipped, (1, 1), edge, precision), dw
+    return _spelled_out(spaced, flipped, (1, 1), edge, precision), dw
 
   def default(x, w, dy):
     _, pull = jax.vjp(partial(_native, strides=strides, padding=padding, precision=precision), x, w)
     return pull(dy)
 
   return lax.platform_dependent(x, w, dy, cpu=on_cpu, default=default)
+
+
+def _tiny(x, strides):
+  """Whether the matrix product over patches wins over every convolution (benchmarks/convolution.py)."""
+  return x.shape[1] * x.shape[2] <= 4 * strides[0] * strides[1]
 
 
 def _patches(x, kernel_shape, strides, padding):
