@@ -21,6 +21,7 @@ from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Outcome
 from cpsc_jax.mesh import is_primary, primary_first, replicated
+from cpsc_jax.nets import onednn
 from cpsc_jax.pool import Pool
 from cpsc_jax.progress import working
 from cpsc_jax.setup import Setup
@@ -139,7 +140,7 @@ def finish(
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "samples": _samples_drawn(config, setup),
     "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},
-    "versions": {**{name: _version(name) for name in PACKAGES}, "python": platform.python_version()},
+    "versions": _versions(),
     "hardware": hardware(),
     "config": json.loads(configs.dump(config)),
   }
@@ -267,6 +268,12 @@ def cpu_model() -> str:
     lines = iter(pathlib.Path("/proc/cpuinfo").read_text().splitlines())
   names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
   return next(names, platform.processor() or platform.machine())
+
+
+def _versions() -> dict[str, str | None]:
+  """Of what computes; `onednn` is None where it does not."""
+  packages = {name: _version(name) for name in PACKAGES}
+  return {**packages, "onednn": onednn.version(), "python": platform.python_version()}
 
 
 def _version(package: str) -> str:

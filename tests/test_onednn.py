@@ -174,7 +174,7 @@ def test_what_xla_computes_by_itself():
 
 def test_cache_is_made_mended_and_optional(library, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  paths = onednn._installed("onednn-cpu-gomp", "libdnnl.so.3"), onednn._installed("onednn-devel-cpu-gomp", "dnnl.hpp")
+  paths = onednn._installed(onednn.LIBRARY, "libdnnl.so.3"), onednn._installed(onednn.HEADERS, "dnnl.hpp")
   onednn._load(*paths)
   (kept,) = (tmp_path / "cpsc_jax").iterdir()
   whole = kept.read_bytes()

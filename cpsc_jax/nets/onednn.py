@@ -27,6 +27,7 @@ from cpsc_jax import compile_cache
 from cpsc_jax.progress import say, working
 
 SWITCH = "CPSC_JAX_ONEDNN"  # the environment variable
+LIBRARY, HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"  # the wheels
 TARGETS = {
   "cpsc_jax.convolution": "cpsc_convolution",
   "cpsc_jax.convolution.input_gradient": "cpsc_convolution_input_gradient",
@@ -51,7 +52,12 @@ def disabled() -> Iterator[None]:
     _on = before
 
 
-def usable(*arrays: jax.Array) -> bool:
+def version() -> str | None:
+  """The version of oneDNN with which this process convolves float32; None where it does not."""
+  return importlib.metadata.version(LIBRARY) if usable(jax.ShapeDtypeStruct((1,), "float32")) else None
+
+
+def usable(*arrays: jax.Array | jax.ShapeDtypeStruct) -> bool:
   """Whether oneDNN can convolve these arrays, of one dtype; compiles its binding when asked for the first time.
 
   Shapes that are not known yet (jax.export) and programs for several devices are left to XLA.
@@ -104,7 +110,7 @@ def _library() -> ctypes.CDLL | None:
   if sys.platform != "linux" or platform.machine() != "x86_64":
     return None
   try:
-    library, headers = _installed("onednn-cpu-gomp", "libdnnl.so.3"), _installed("onednn-devel-cpu-gomp", "dnnl.hpp")
+    library, headers = _installed(LIBRARY, "libdnnl.so.3"), _installed(HEADERS, "dnnl.hpp")
   except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
     return None
   try:
