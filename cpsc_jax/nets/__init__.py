@@ -126,8 +126,9 @@ def forward_observed(net: nn.Module, variables: Tree, x: jax.Array) -> Output:
 
 def init(net: nn.Module, key: jax.Array, *inputs: jax.Array) -> dict[str, Tree]:
   """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly."""
-  # It runs once; on CPUs most of its time would go into LLVM's optimisation.
-  options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  # By itself it runs once, and on CPUs most of its time would go into LLVM's optimisation.
+  once = jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (key, *inputs))
+  options = {"xla_backend_optimization_level": 0} if once else None
   variables = jax.jit(partial(net.init, train=True), compiler_options=options)(_init_rngs(key), *inputs)
   return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
 
