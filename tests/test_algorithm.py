@@ -20,8 +20,6 @@ from cpsc_jax.state import Losses
 SHAPE = (8, 8, 3)
 CARD = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 KEY = jax.random.key(1)
-# LLVM's optimisation takes half of the time to compile, and steps this small run no slower without it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -51,11 +49,11 @@ def copied(tree):
 
 
 def one_generator_step(setup, teacher, state):
-  return jit(algorithm.generator_step(setup, teacher))(state, KEY)
+  return jax.jit(algorithm.generator_step(setup, teacher))(state, KEY)
 
 
 def one_student_step(setup, teacher, state):
-  return jit(algorithm.student_step(setup, teacher))(state, KEY)
+  return jax.jit(algorithm.student_step(setup, teacher))(state, KEY)
 
 
 def test_an_iteration_is_the_papers_order():
@@ -307,7 +305,9 @@ def test_iteration_equals_pytorch():
     moved = {"generator": state.generator.params, LATENTS: jnp.asarray(z.numpy())}
     stats = {"generator": state.generator.batch_stats, "student": state.student.batch_stats}
     batch = moved[LATENTS], labels
-    (value, _), grads = jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)(moved, stats, batch, None, KEY)
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)(
+      moved, stats, batch, None, KEY
+    )
     assert float(value) == pytest.approx(total.item(), rel=1e-9)
 
     def gradients(module):
@@ -330,7 +330,7 @@ def test_iteration_equals_pytorch():
     loss = algorithm.student_loss(setup, state.hyper.student)
     taught = setup.teacher.apply(ours["teacher"], images, train=False)
     arguments = state.student.params, state.student.batch_stats, (images, labels), taught, KEY
-    (value, _), grads = jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
     assert float(value) == pytest.approx(total.item(), rel=1e-9)
     theirs = convert.classifier_from_torch(
       {**zoo.arrays(twins["student"]), **gradients(twins["student"])}, shapes(setup.student.net, image)
@@ -340,7 +340,7 @@ def test_iteration_equals_pytorch():
     before = state.student.params
     optimiser.step()
     after = convert.classifier_from_torch(zoo.arrays(twins["student"]), shapes(setup.student.net, image))["params"]
-    updates, _ = jit(setup.student.optimiser.update)(grads, state.student.opt_state, before)
+    updates, _ = jax.jit(setup.student.optimiser.update)(grads, state.student.opt_state, before)
     lr = float(updates["fc"]["bias"][0] / (after["fc"]["bias"][0] - np.asarray(before["fc"]["bias"])[0]))
     moved = jax.tree.map(lambda p, u: p + u / lr, before, updates)
     assert_trees_close(moved, after, 1e-6)

@@ -1,7 +1,6 @@
 """Exporting nets of a finished run and drawing samples: content of the files, equal outputs, refusals."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors
-from conftest import REPOSITORY
+from conftest import REPOSITORY, with_devices
 from parity import assert_close, nhwc, shapes
 
 from cpsc_jax import checkpoint, datasets, nets, sample, saved
@@ -242,7 +241,7 @@ from cpsc_jax import checkpoint, mesh, saved
 net = saved.load(sys.argv[1])
 assert jax.device_count() == 8
 checkpoint.save_net(sys.argv[2], jax.device_put(net.variables, mesh.replicated(mesh.make_mesh())), net.card)"""
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = with_devices(8)
   argv = [sys.executable, "-c", program, finished / "student", tmp_path / "net"]
   subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
   digest = checkpoint.read_card(finished / "student")["digest"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_devices
 from jax import lax
 from parity import assert_close
 
@@ -156,7 +157,7 @@ def test_threads_and_devices(library):
     used, _, got = in_process(NPROC=threads)
     assert used
     np.testing.assert_allclose(got, want, rtol=1e-4)
-  used, devices, got = in_process(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+  used, devices, got = in_process(**with_devices(2))
   assert not used and devices == 2
 
 

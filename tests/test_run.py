@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMOKE, command, shared
+from conftest import REPOSITORY, SMOKE, command, shared, with_devices
 
 from cpsc_jax import checkpoint
 from cpsc_jax.main import main
@@ -356,7 +356,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, digits_dir):
     "cpsc_jax.main",
     *command(tmp_path / "w", digits_dir, "--config.schedule.batch_size=36")[1:],
   ]
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = with_devices(8)
   done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
   assert (
     done.returncode == 2
@@ -368,7 +368,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, digits_dir):
 def test_eight_devices_run_the_same_program(finished, tmp_path, digits_dir):
   flags = (f"--config.teacher.checkpoint={finished / 'teacher'}",)
   argv = [sys.executable, "-m", "cpsc_jax.main", *command(tmp_path / "w", digits_dir, *flags)[1:]]
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = with_devices(8)
   subprocess.run(argv, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
   one, eight = (first_epoch(workdir) for workdir in (finished, tmp_path / "w"))
   assert results_of(tmp_path / "w")["hardware"]["devices"] == 8

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import spmd_worker
-from conftest import REPOSITORY
+from conftest import REPOSITORY, with_devices
 
 from cpsc_jax.methods import METHODS
 
@@ -21,7 +21,7 @@ def run_worker(out, processes, devices, scl_form, method):
   command = [sys.executable, REPOSITORY / "tests" / "spmd_worker.py", out, scl_form, method]
   if processes > 1:
     command = [*LAUNCHER, f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *command]
-  environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  environment = with_devices(devices)
   done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
   with np.load(out) as arrays:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, with_devices
 
 from cpsc_jax import checkpoint
 from cpsc_jax.errors import RESUME
@@ -80,7 +80,7 @@ def test_stopped_on_one_device_and_resumed_on_eight(tmp_path, digits_dir, monkey
     time.sleep(0.1)
   process.terminate()
   assert process.wait() == RESUME
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  monkeypatch.setenv("XLA_FLAGS", with_devices(8)["XLA_FLAGS"])
   assert start(tmp_path / "w", digits_dir).wait() == 0
   results = json.loads((tmp_path / "w" / "results.json").read_text())
   assert results["hardware"]["devices"] == 8
