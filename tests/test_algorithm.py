@@ -221,7 +221,7 @@ def test_generator_gradient_flows_through_teacher_and_student():
   z, y = setup.method.noise.draw(jax.random.key(3), 12)
   stats = {"generator": state.generator.batch_stats, "student": state.student.batch_stats}
 
-  @jit
+  @jax.jit
   def gradient(weights):
     loss = algorithm.generator_loss(setup, teacher, with_weights(state, weights))
     return jax.grad(lambda params: loss({"generator": params}, stats, (z, y), None, KEY)[0])(state.generator.params)
