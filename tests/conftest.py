@@ -36,9 +36,11 @@ def shared(*parts):
 
 
 def with_devices(number):
-  """The environment of a child process that sees so many devices."""
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
-  return {**os.environ, "XLA_FLAGS": flags}
+  """The environment of a child process that sees so many devices.
+
+  Its code is optimised: on several devices convolutions are XLA's own, and slow without.
+  """
+  return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
 
 
 @pytest.fixture

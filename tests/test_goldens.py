@@ -268,14 +268,7 @@ def recording(tx):
   return optax.chain(keep, tx)
 
 
-@pytest.fixture(
-  params=[
-    ("iter_init", "iter_cifar10"),
-    pytest.param(("iter_init", "iter_cifar100"), marks=pytest.mark.slow),  # the other two cover both loss forms
-    ("iter_adapter_init", "iter_adapter_cifar100"),
-  ],
-  ids=lambda p: p[1],
-)
+@pytest.fixture
 def replay(request, golden, dtype):
   """The setup of the stored iteration, its initial state, and what the reference made of it."""
   from cpsc_jax.configs import default
@@ -434,6 +427,19 @@ def compare_student_step(r, step, state):
   return after
 
 
+@pytest.mark.parametrize(
+  ("replay", "dtype"),
+  [  # the quick ones cover both forms of the loss, the feature head, and both precisions
+    pytest.param(("iter_init", "iter_cifar10"), "float64", marks=pytest.mark.slow),
+    (("iter_init", "iter_cifar10"), "float32"),
+    pytest.param(("iter_init", "iter_cifar100"), "float64", marks=pytest.mark.slow),
+    pytest.param(("iter_init", "iter_cifar100"), "float32", marks=pytest.mark.slow),
+    (("iter_adapter_init", "iter_adapter_cifar100"), "float64"),
+    pytest.param(("iter_adapter_init", "iter_adapter_cifar100"), "float32", marks=pytest.mark.slow),
+  ],
+  ids=lambda p: p if isinstance(p, str) else p[1],
+  indirect=True,
+)
 def test_iteration(replay):
   """Chained in float64; in float32 each step starts from the stored state, since sign-like Adam amplifies rounding."""
   r, state = replay, replay.state

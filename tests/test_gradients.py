@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from parity import assert_trees_close
-from test_algorithm import KEY, SHAPE, equal, jit, make_setup
+from test_algorithm import KEY, SHAPE, equal, make_setup
 
 from cpsc_jax import algorithm, gradients, nets
 from cpsc_jax.gradients import Policy
@@ -51,8 +51,10 @@ def test_epochs_of_three_members_under_vmap_equal_three_runs():
     members = [
       member(seed, *map(jnp.float64, numbers)) for seed, *numbers in ((0, 0.7, 1, 1), (1, 4, 1, 0.5), (2, 0, 2, 2))
     ]
-    together, losses = jit(jax.vmap(run, in_axes=(0, None)))(jax.tree.map(lambda *x: jnp.stack(x), *members), teacher)
-    alone = jit(run)
+    together, losses = jax.jit(jax.vmap(run, in_axes=(0, None)))(
+      jax.tree.map(lambda *x: jnp.stack(x), *members), teacher
+    )
+    alone = jax.jit(run)
     students = []
     for index, state in enumerate(members):
       state, own = alone(state, teacher)
@@ -71,8 +73,8 @@ def updates(setup, teacher, state):
   z, y = setup.method.noise.draw(jax.random.key(2), 12)
   x = jax.random.normal(jax.random.key(3), (12, *SHAPE), state.student.params["fc"]["kernel"].dtype)
   return {
-    "generator": jit(lambda s: algorithm.generator_update(setup, teacher, s, z.astype(x.dtype), y, KEY)[0]),
-    "student": jit(lambda s: algorithm.student_update(setup, teacher, s, x, y, KEY)[0]),
+    "generator": jax.jit(lambda s: algorithm.generator_update(setup, teacher, s, z.astype(x.dtype), y, KEY)[0]),
+    "student": jax.jit(lambda s: algorithm.student_update(setup, teacher, s, x, y, KEY)[0]),
   }
 
 
@@ -165,7 +167,7 @@ def test_micro_batches_report_the_mean_and_every_row_counts_once():
 def test_half_precision_keeps_parameters_statistics_and_losses_in_float32(precision):
   setup, teacher, state = make_setup(precision=precision)
   assert (state.student.loss_scale is None) == (precision == "bfloat16")
-  after, losses = jit(algorithm.epoch(setup, 1))(state, teacher)
+  after, losses = jax.jit(algorithm.epoch(setup, 1))(state, teacher)
   for part in (after.generator.variables, after.student.variables, losses):
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(part))
   x = jnp.ones((2, *SHAPE))
@@ -179,12 +181,12 @@ def test_half_precision_keeps_parameters_statistics_and_losses_in_float32(precis
 
 def test_a_loss_scale_that_overflows_skips_the_update_and_halves():
   setup, teacher, state = make_setup(precision="float16")
-  calm = jit(algorithm.student_step(setup, teacher))(state, KEY)[0]
+  calm = jax.jit(algorithm.student_step(setup, teacher))(state, KEY)[0]
   assert not equal(calm.student.params, state.student.params)
   assert float(calm.student.loss_scale.scale) == float(state.student.loss_scale.scale)
   huge = state.student.loss_scale.replace(scale=jnp.float32(2.0**60))
   state = state.replace(student=state.student.replace(loss_scale=huge))
-  after = jit(algorithm.student_step(setup, teacher))(state, KEY)[0]
+  after = jax.jit(algorithm.student_step(setup, teacher))(state, KEY)[0]
   assert equal(after.student.params, state.student.params) and equal(after.student.opt_state, state.student.opt_state)
   assert float(after.student.loss_scale.scale) == 2.0**59
 
@@ -219,6 +221,6 @@ def test_dropout_of_the_student_follows_the_key():
   state = algorithm.initial_state(setup, jax.random.key(0), SHAPE)
   assert isinstance(Dropped().apply(state.student.variables, jnp.ones((2, *SHAPE)), train=False), Output)
   x, y = jnp.ones((12, *SHAPE)), jnp.arange(12) % 10
-  update = jit(lambda key: algorithm.student_update(setup, teacher, state, x, y, key)[0].student.params)
+  update = jax.jit(lambda key: algorithm.student_update(setup, teacher, state, x, y, key)[0].student.params)
   one, again, other = update(jax.random.key(1)), update(jax.random.key(1)), update(jax.random.key(2))
   assert equal(one, again) and not equal(one, other)

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, command
 from cpsc_jax.configs import default, rgal_cifar10
 from parity import assert_close
 from spmd_worker import smoke_config as config_of
-from test_algorithm import equal, jit
+from test_algorithm import equal
 from test_losses import softmax
 
 from cpsc_jax import (
@@ -170,7 +170,7 @@ def test_terms_are_of_single_samples_unless_they_couple_the_batch(method):
   shapes = {}
   jax.eval_shape(lambda x, y: shapes.update({k: (couples, v.shape) for k, (couples, v) in values(x, y).items()}), x, y)
   assert all(shape == () for couples, shape in shapes.values() if couples)
-  whole, part = jit(single)(x, y), jit(single)(x[:4], y[:4])
+  whole, part = jax.jit(single)(x, y), jax.jit(single)(x[:4], y[:4])
   assert whole and all(value.shape == (8,) for value in whole.values())
   for key, value in whole.items():
     np.testing.assert_allclose(value[:4], part[key], rtol=1e-4, atol=1e-6, err_msg=str(key))
@@ -235,7 +235,7 @@ def test_smoke_run_reaches_its_report(method, tmp_path, digits_dir, finished):
 
 def test_an_iteration_begins_with_a_new_generator():
   setup, teacher, state = start("rgal")
-  begin = jit(setup.method.begin)
+  begin = jax.jit(setup.method.begin)
   a, b = begin(state, jax.random.key(1)), begin(state, jax.random.key(2))
   kernels = [np.asarray(s.generator.params["conv3"]["kernel"]) for s in (a, b, state)]
   assert not np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
@@ -246,8 +246,8 @@ def test_an_iteration_begins_with_a_new_generator():
 def test_inversion_keeps_the_batch_of_the_least_loss():
   """Steps whose loss rises leave the best batch as it was; the latents move all the same."""
   setup, teacher, state = start("rgal")
-  state = jit(setup.method.begin)(state, jax.random.key(1))
-  step = jit(algorithm.generator_step(setup, teacher))
+  state = jax.jit(setup.method.begin)(state, jax.random.key(1))
+  step = jax.jit(algorithm.generator_step(setup, teacher))
   lowest, images = np.inf, None
   for i in range(6):
     before = state
@@ -264,7 +264,7 @@ def test_inversion_keeps_the_batch_of_the_least_loss():
 
 def test_an_untrained_generator_fills_the_pool_too():
   setup, teacher, state = start("rgal", arm="untrained_generator")
-  state = jit(setup.method.begin)(state, jax.random.key(1))
+  state = jax.jit(setup.method.begin)(state, jax.random.key(1))
   after = setup.method.keep(state)
   assert setup.generator.steps == 0
   assert np.asarray(after.memory["pool"].arrays["images"][0]).std() > 0
@@ -274,12 +274,12 @@ def test_an_untrained_generator_fills_the_pool_too():
 def test_a_share_of_the_students_batch_can_be_fresh(method):
   """A first quarter that the present generator draws, and the rest from the pool with its labels."""
   setup, _, state = start(method, **{"pool.fresh_share": 0.25})
-  state = jit(setup.method.begin)(state, jax.random.key(1))
+  state = jax.jit(setup.method.begin)(state, jax.random.key(1))
   images = jnp.full_like(state.memory["best"]["images"], 100.0)
   state = state.replace(memory={**state.memory, "best": {**state.memory["best"], "images": images}})
   state = setup.method.keep(state)
   key = jax.random.key(3)
-  after, x, y = jit(setup.method.source)(state, key, None)
+  after, x, y = jax.jit(setup.method.source)(state, key, None)
   assert x.shape == (32, 8, 8, 1) and y.shape == (32,)
   pooled = np.all(np.asarray(x) == 100, axis=(1, 2, 3))
   assert pooled.tolist() == [False] * 8 + [True] * 24
@@ -294,8 +294,8 @@ def test_a_share_of_the_students_batch_can_be_fresh(method):
 
 def test_without_a_fresh_share_the_whole_batch_is_of_the_pool():
   setup, _, state = start("rgal")
-  state = setup.method.keep(jit(setup.method.begin)(state, jax.random.key(1)))
-  _, x, _ = jit(setup.method.source)(state, jax.random.key(3), None)
+  state = setup.method.keep(jax.jit(setup.method.begin)(state, jax.random.key(1)))
+  _, x, _ = jax.jit(setup.method.source)(state, jax.random.key(3), None)
   held = np.asarray(state.memory["pool"].arrays["images"][0])
   assert all(any(np.array_equal(image, one) for one in held) for image in np.asarray(x))
 
@@ -305,9 +305,9 @@ def test_triplets_can_be_added_to_any_method(method):
   changes = {"loss.generator.triplet": 0.1, "loss.student.triplet": 0.2}
   setup, teacher, state = start(method, **changes)
   key = jax.random.key(0)
-  _, of_generator = jit(algorithm.generator_step(setup, teacher))(state, key)
+  _, of_generator = jax.jit(algorithm.generator_step(setup, teacher))(state, key)
   assert np.isfinite(of_generator.terms["triplet"])
-  _, of_student = jit(algorithm.student_step(setup, teacher))(state, key)
+  _, of_student = jax.jit(algorithm.student_step(setup, teacher))(state, key)
   weighted = sum(setup.weights["student"][name] * float(value) for name, value in of_student.terms.items())
   assert float(of_student.total) == pytest.approx(weighted, rel=1e-5) and "triplet" in of_student.terms
 
@@ -373,7 +373,7 @@ def test_projections_are_trained_and_not_saved():
   setup, teacher, state = start("rgal")
   assert isinstance(setup.student.net, nets.StageProjections)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8, 8, 1)), jnp.float32)
-  update = jit(functools.partial(algorithm.student_update, setup))
+  update = jax.jit(functools.partial(algorithm.student_update, setup))
   after, _ = update(teacher, state, x, jnp.arange(32) % 10, jax.random.key(0))
   assert not equal(after.student.params["stage_0"], state.student.params["stage_0"])
   net, variables = nets.deployed(setup.student.net, after.student.variables)

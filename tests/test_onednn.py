@@ -176,11 +176,11 @@ def test_what_xla_computes_by_itself():
 def test_cache_is_made_mended_and_optional(library, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   paths = onednn._installed(onednn.LIBRARY, "libdnnl.so.3"), onednn._installed(onednn.HEADERS, "dnnl.hpp")
-  onednn._load(*paths)
+  onednn._binding(*paths)
   (kept,) = (tmp_path / "cpsc_jax").iterdir()
   whole = kept.read_bytes()
   monkeypatch.setattr(onednn, "_compile", lambda *_: pytest.fail("compiled again"))
-  onednn._load(*paths)
+  onednn._binding(*paths)
 
   def compile_again(library, headers, folder):
     (folder / "binding.so").write_bytes(whole)
@@ -189,11 +189,11 @@ def test_cache_is_made_mended_and_optional(library, tmp_path, monkeypatch):
   monkeypatch.setattr(onednn, "_compile", compile_again)
   kept.unlink()  # the file that this process has open must stay as it is
   kept.write_bytes(whole[: len(whole) // 2])
-  assert onednn._load(*paths).cpsc_supports(32)
+  assert onednn._binding(*paths).cpsc_supports(32)
   assert kept.read_bytes() == whole
   (tmp_path / "file").touch()
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-  assert onednn._load(*paths).cpsc_supports(32)
+  assert onednn._binding(*paths).cpsc_supports(32)
 
 
 @pytest.mark.parametrize(

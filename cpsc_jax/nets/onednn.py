@@ -114,7 +114,7 @@ def _library() -> ctypes.CDLL | None:
   except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
     return None
   try:
-    binding = _load(library, headers)
+    binding = _binding(library, headers)
     for target, symbol in TARGETS.items():
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(binding, symbol)), platform="cpu")
   except (OSError, RuntimeError, ValueError, AttributeError) as e:
@@ -131,7 +131,7 @@ def _installed(distribution: str, name: str) -> pathlib.Path:
   raise FileNotFoundError(f"{distribution} has no {name}")
 
 
-def _load(library: pathlib.Path, headers: pathlib.Path) -> ctypes.CDLL:
+def _binding(library: pathlib.Path, headers: pathlib.Path) -> ctypes.CDLL:
   """The binding from the cache, or compiled and put there; a file there that is damaged is replaced.
 
   Raises RuntimeError without a compiler or when it fails, OSError when the result cannot be loaded.
