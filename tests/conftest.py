@@ -35,12 +35,13 @@ def shared(*parts):
   return path
 
 
-def with_devices(number):
+def with_devices(number, optimised=True):
   """The environment of a child process that sees so many devices.
 
-  Its code is optimised: on several devices convolutions are XLA's own, and slow without.
+  Its code is optimised: on several devices convolutions are XLA's own, and many steps with them slow without.
   """
-  return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
+  flags = f"--xla_force_host_platform_device_count={number}"
+  return {**os.environ, "XLA_FLAGS": flags if optimised else f"{os.environ['XLA_FLAGS']} {flags}"}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""python tests/spmd_worker.py OUT.npz SCL_FORM METHOD: twenty iterations in float64 on whatever devices there are.
+"""python tests/spmd_worker.py OUT.npz SCL_FORM METHOD N: N iterations in float64 on whatever devices there are.
 
 Writes every logged term, (iterations, steps), and the student's parameters; run by tests/test_spmd.py.
 """
@@ -12,8 +12,6 @@ import numpy as np
 from cpsc_jax.configs import digits
 
 from cpsc_jax import algorithm, config, datasets, experiment, mesh, nets, streams
-
-ITERATIONS = 20
 
 
 def smoke_config(method):
@@ -31,7 +29,7 @@ def flat(tree):
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def main(out, scl_form, method):
+def main(out, scl_form, method, iterations):
   mesh.start()
   jax.config.update("jax_enable_x64", True)
   devices, spec = mesh.make_mesh(), datasets.DATASETS["digits"]
@@ -43,7 +41,7 @@ def main(out, scl_form, method):
   teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, *spec.image_shape)))
   key = streams.key(streams.root(0), streams.Stream.DISTILLATION)
   state = algorithm.placed(setup, double(algorithm.initial_state(setup, key, spec.image_shape)))
-  epoch = algorithm.compile_epoch(setup, ITERATIONS)
+  epoch = algorithm.compile_epoch(setup, int(iterations))
   state, losses = epoch(state, mesh.replicate(double(teacher), devices))
   pool = setup.method.pool(state)
   if pool is not None and devices.size > 1:

@@ -25,7 +25,13 @@ from safetensors.torch import load_file  # noqa: E402
 LARGER = {"small_resnet8": 16, "dcgan": 16, "mobilenet_v2": 32}  # pixels; ImageNet's nets 32, the others 8
 SAVED_GENERATORS = [name for name in nets.GENERATORS if name != "pixels"]  # which no run saves
 EVERY = (*nets.NETS, "wrn_16_2", "cifar_resnet8", "small_resnet8", *SAVED_GENERATORS)
-DEEPER = ("resnet34", "vgg13", "vgg16", *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")))
+DEEPER = (
+  "resnet34",
+  "resnet50",
+  "vgg13",
+  "vgg16",
+  *(f"imagenet_{n}" for n in ("resnet34", "resnet50", "vgg13", "vgg16", "vgg19")),
+)
 CLASSES, LATENT, WIDTH = 5, 6, 4
 
 

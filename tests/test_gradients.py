@@ -36,6 +36,7 @@ class Plain(nn.Module):
 # Members of a sweep.
 
 
+@pytest.mark.slow
 def test_epochs_of_three_members_under_vmap_equal_three_runs():
   """Members differ in seed, in weights and in learning-rate factor."""
   with jax.enable_x64(True):

@@ -251,7 +251,9 @@ def test_calls_are_refused_and_not_made(name, form, tmp_path, capsys):
   assert "could run code" in line and not mark.exists()
 
 
-@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.slow) if n == "too many blocks" else n for n in CONTENTS]
+)
 def test_contents_are_refused(name, tmp_path, capsys):
   refuse(capsys, write(tmp_path / "odd.pth", CONTENTS[name]()))
 

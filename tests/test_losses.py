@@ -120,7 +120,7 @@ def test_supervised_contrast_survives_long_rows():
   assert np.isfinite(value) and np.all(np.isfinite(grad))
 
 
-@pytest.mark.parametrize("samples, block", [(64, 1024), (256, 100), (512, 128), (4096, 1024)])
+@pytest.mark.parametrize("samples, block", [(64, 1024), (256, 100), (512, 128), (2048, 1024)])
 def test_blockwise_contrast_is_the_dense_one(samples, block, dtype):
   key = jax.random.split(jax.random.key(samples))
   x = jax.random.normal(key[0], (samples, 2, 16), dtype)
