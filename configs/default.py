@@ -37,12 +37,18 @@ def get_config(variant=""):
   t.epochs = 100  # passes over the training split
   t.batch_size = 32  # over all devices together; what is left of an epoch is dropped
   t.micro_batches = 1  # parts into which a batch is divided, to save memory; batch norm sees one part at a time
-  t.optimiser = "sgd"  # or "adamw"
+  t.optimiser = "sgd"  # or "adam" or "adamw"
   t.lr = 0.1  # at its highest
-  t.momentum = 0.9  # of SGD; decay of AdamW's first moment
-  t.weight_decay = 5e-4  # of SGD added to the gradient, of AdamW apart from it
+  t.momentum = 0.9  # of SGD; decay of Adam's and AdamW's first moment
+  t.weight_decay = 5e-4  # of SGD and Adam added to the gradient, of AdamW apart from it
   t.decay_norms = True  # weight decay on biases and on the scales of norms too
-  t.schedule = "cosine"  # per step to 0; "cosine_per_epoch": in steps, as in the published code
+  # "cosine": per step to 0; "cosine_per_epoch": the same in steps, as in the published code; "steps": lr * decay at
+  # each milestone
+  t.schedule = "cosine"
+  t.lr_end = 0.0  # where "cosine" ends
+  t.milestones = ()  # epochs at which the learning rate falls
+  t.decay = 0.1  # what it is multiplied by
+  t.clip = 0.0  # largest norm of all gradients together; 0: any
   t.warmup_epochs = 0  # of linear warm-up
   t.label_smoothing = 0.0  # share of the uniform distribution in the targets
   t.crop_pad = 4  # random crops after padding by so many black pixels; 0: none
@@ -56,13 +62,20 @@ def get_config(variant=""):
   s.flip = False  # random horizontal flips of the same
   s.head = "trained"  # by a contrast on detached features; "frozen": never, as in the published code
   s.micro_batches = 1  # as teacher.micro_batches
-  s.optimiser = "sgd"  # or "adamw"
+  s.init = "kaiming"  # of convolutions (He et al., fan out); "torch": PyTorch's default, uniform
+  s.inherit = False  # whether layers start as the teacher's of the same name and shape, if there are any
+  s.optimiser = "sgd"  # or "adam" or "adamw"
   s.lr = 0.1  # at its highest
-  s.momentum = 0.9  # of SGD; decay of AdamW's first moment
-  s.weight_decay = 5e-4  # of SGD added to the gradient, of AdamW apart from it
+  s.momentum = 0.9  # of SGD; decay of Adam's and AdamW's first moment
+  s.weight_decay = 5e-4  # of SGD and Adam added to the gradient, of AdamW apart from it
   s.decay_norms = True  # weight decay on biases and on the scales of norms too
-  # "cosine": per step to 0 at the last; "published_steps": per epoch, with 10 epochs of warm-up and an end above 0
+  # "cosine": per step to 0 at the last; "published_steps": per epoch, with 10 epochs of warm-up and an end above 0;
+  # "steps": lr * decay at each milestone
   s.schedule = "cosine"
+  s.lr_end = 0.0  # where "cosine" ends
+  s.milestones = ()  # epochs at which the learning rate falls
+  s.decay = 0.1  # what it is multiplied by
+  s.clip = 0.0  # largest norm of all gradients together; 0: any
   s.warmup_epochs = 10  # of linear warm-up
 
   c.generator = g = ml_collections.ConfigDict()
@@ -71,8 +84,14 @@ def get_config(variant=""):
   g.conditional = True  # whether the label enters its batch norms (CFE); False for methods whose generator has none
   g.latent_dim = 256  # nz, the width of the noise
   g.width = 64  # channels of the narrowest layer
+  g.output = "tanh"  # as in the published code of CPSC-DFKD; "sigmoid": pixels in [0, 1], normalised afterwards
+  g.init = "torch"  # PyTorch's defaults; "normal": kernels from N(0, 0.02), scales of norms from N(1, 0.02)
+  g.epsilon = 0.0  # of its batch norms; 0: the net's own, 1e-3 (of dcgan 0.8)
   g.steps = 6  # generator updates per iteration
+  g.ema = 0.0  # of an average of its parameters, which forgets 1 - ema in each iteration (MAD, NeurIPS 2022); 0: none
+  g.ema_share = 0.5  # share of the student's fresh samples that this average draws
   g.label_limit = 0  # labels are drawn from the first so many classes; 0: all. The published code draws from 100
+  g.labels = "uniform"  # drawn one by one; "balanced": every batch has all classes equally often
   g.student_mode = "eval"  # of the student in generator steps; "train": its running statistics move there
   g.stats_in_student_steps = False  # whether the generator's running statistics move in student steps
   g.micro_batches = 1  # as teacher.micro_batches
@@ -83,8 +102,12 @@ def get_config(variant=""):
   g.schedule = "steps"  # "steps": lr * decay at each milestone; "cosine": to 0 at the end
   g.milestones = (50, 150)  # epochs at which the learning rate falls
   g.decay = 0.1  # what it is multiplied by
+  g.clip = 0.0  # largest norm of all gradients together; 0: any
   g.crop_pad = 0  # random crops of what both nets see in generator steps, after padding by so many black pixels
   g.flip = False  # random horizontal flips of the same
+  # of each image by itself; "rolls": the batch moves as one, by up to crop_pad pixels that enter on the other side
+  g.jitter = "crops"
+  g.clip_pixels = False  # whether `pixels` stay within black and white
 
   # For methods that invert: an iteration starts a new generator, takes `generator.steps` with it and one batch of
   # latents, puts the best images into the pool, and takes `student.steps` on images of the pool. The learning rate
@@ -92,7 +115,12 @@ def get_config(variant=""):
   c.pool = o = ml_collections.ConfigDict()
   o.size = 51200  # images held; the newest replace the oldest
   o.batch_size = 256  # images made at a time, over all devices together
+  # Methods with fresh samples: share of the student's batch that is drawn from earlier batches, of which a pool of
+  # `size` holds the newest.
+  o.replay_share = 0.0
   o.fresh_share = 0.0  # share of the student's batch that the current generator draws; the rest comes from the pool
+  o.dtype = "float32"  # of the images held; "uint8": as pictures of 8 bits, a quarter of the memory
+  o.views = 1  # crops and flips of each image of the pool in a student's batch
 
   c.schedule = e = ml_collections.ConfigDict()
   e.epochs = 600  # of the distillation, and of a control arm's student
@@ -111,8 +139,15 @@ def get_config(variant=""):
   w.confidence = 1.0
   w.double_softmax = False  # both cross-entropies of CPSC-DFKD are given probabilities in place of logits
   w.kd_temperature = 1.0  # of the student's term `kd`, which is multiplied by its square
+  w.kd_standardise = False  # whether `kd` first gives both nets' logits mean 0 and deviation 1, sample by sample
+  w.kl_classes = "sum"  # over which KL sums in `kd` and ZSKT's `adversarial`; "mean": is averaged, as in ZSKT's code
+  # DeepInversion's `adversarial`: "exact", the Jensen-Shannon divergence of its eq. 8, or "clamped", as its code has it
+  w.js_form = "exact"
   w.triplet = ml_collections.ConfigDict()
   w.triplet.margin = 0.2  # of RGAL's triplets
+  w.triplet.synthesis_of = "teacher"  # whose stages synthesis compares, or "student", as in the published command
+  w.triplet.synthesis_from = 0  # the first stage it compares, counted from 0
+  w.triplet.student_features = "stages"  # what the student's triplets compare, or "pooled", its last feature alone
   w.triplet.focal = True  # whether synthesis draws negatives from 0.5 < D < 1 only (focal weighted sampling)
   w.triplet.swapped = True  # whether synthesis exchanges positives and negatives, as in the paper; its code does not
   # Weights; a term of weight 0 is not computed, and a weight other than 0 for a term that the method lacks is refused.

@@ -1,8 +1,7 @@
 """cpsc-jax --config dfad_cifar10
 
-DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code except for the student's learning
-rate, which falls by a cosine here and in steps at epochs 100 and 200 there. Its README gives figures as a picture only;
-they are not known here. Accuracy of this code: not measured.
+DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code. Its README gives figures as a picture
+only; they are not known here. Accuracy of this code: not measured. docs/methods.md lists every setting.
 
 `--config dfad_cifar10:digits` is DFAD on the digits; docs/results.md has its accuracy.
 """
@@ -16,8 +15,9 @@ def get_config(variant=""):
 
 def published(c):
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 500, 50, 256
-  c.generator.update({"lr": 1e-3, "steps": 1, "conditional": False, "b1": 0.9, "milestones": (100, 200)})
-  c.student.update({"steps": 5, "warmup_epochs": 0})
+  c.generator.update({"conditional": False, "epsilon": 1e-5})
+  c.generator.update({"lr": 1e-3, "steps": 1, "b1": 0.9, "milestones": (100, 200)})
+  c.student.update({"steps": 5, "init": "torch", "schedule": "steps", "milestones": (100, 200), "warmup_epochs": 0})
   c.generator.student_mode = "train"
   default.set_weights(c, generator={"adversarial": 1.0}, student={"l1": 1.0})
 

@@ -24,6 +24,20 @@ def build(method, variant, published, on_digits):
       }.items():
         c[section].update({key: kept[section][key] for key in keys})
       c.generator.update({key: kept["generator"][key] for key in ("width", "latent_dim")} | {"flip": False})
+      c.pool.views = 1
       on_digits(c)
     default.apply_variant(c, "smoke" if variant.endswith("smoke") else "" if small else variant)
   return c
+
+
+def plain_generator(c, latent_dim=256, init="torch"):
+  """The generator of CMI's code base, which RGAL and FastDFKD share: pixels in [0, 1], no classes."""
+  c.generator.update({"conditional": False, "output": "sigmoid", "epsilon": 1e-5, "init": init})
+  c.generator.update({"latent_dim": latent_dim, "b1": 0.5, "b2": 0.999, "milestones": ()})
+
+
+def benchmark_student(c, steps, crop_pad, flip):
+  """How CMI's benchmark trains every student: SGD, a tenth of the rate at epochs 120, 150 and 180."""
+  c.student.update({"steps": steps, "crop_pad": crop_pad, "flip": flip})
+  c.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup_epochs": 0})
+  c.student.update({"schedule": "steps", "milestones": (120, 150, 180), "decay": 0.1})

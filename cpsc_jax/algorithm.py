@@ -5,6 +5,7 @@ What differs between methods stands in their `Method` (cpsc_jax.setup); training
 generator.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,17 @@ def iteration(setup: Setup, generator_step: Step, student_step: Step) -> Callabl
       state, losses["generator"] = jax.lax.scan(generator_step, state, keys)
     state = method.keep(state)
     keys = streams.keys(key, Stream.STUDENT_STEPS, student.steps)
-    state, losses["student"] = jax.lax.scan(student_step, state, keys)  # min L_S over S; G, T fixed
+    state, losses["student"] = learn(state, keys)  # min L_S over S; G, T fixed
     return state.tick(), losses
+
+  def learn(state: State, keys: jax.Array) -> tuple[State, Losses]:
+    def steps(state: State) -> tuple[State, Losses]:
+      return jax.lax.scan(student_step, state, keys)
+
+    def rest(state: State) -> tuple[State, Losses]:
+      return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(steps, state)[1])
+
+    return jax.lax.cond(method.waits(state), rest, steps, state) if method.waits else steps(state)
 
   return run
 
@@ -67,15 +77,19 @@ def generator_update(
   setup: Setup, teacher: Tree, state: State, z: jax.Array, y: jax.Array, key: jax.Array
 ) -> tuple[State, Aux]:
   """The state after one generator update on latents z (N, nz) and labels y (N,), and what its loss returned."""
-  moved, tx = {"generator": state.generator, **state.trained}, setup.generator.optimiser
+  moved = {"generator": state.generator, **state.trained}
   params = {name: part.params for name, part in moved.items()}
   stats = {"generator": state.generator.batch_stats, "student": state.student.batch_stats}
   loss, policy = generator_loss(setup, teacher, state), setup.generator.policy
   got = gradients.take(loss, params, stats, (z, y), key, policy, state.generator.loss_scale)
   new_stats, factor = got.aux.stats, state.hyper.generator.lr
-  trained = {name: part.updated(tx, got.grads[name], part.batch_stats, factor) for name, part in state.trained.items()}
+  moved = {
+    name: part.updated(setup.optimiser_of(name), got.grads[name], new_stats.get(name, part.batch_stats), factor)
+    for name, part in moved.items()
+  }
+  generator, trained = moved.pop("generator"), moved
   new = state.replace(
-    generator=state.generator.updated(tx, got.grads["generator"], new_stats["generator"], factor),
+    generator=generator,
     student=state.student.replace(batch_stats=new_stats["student"]),
     trained=trained,
   )
@@ -92,7 +106,7 @@ def generator_loss(setup: Setup, teacher: Tree, state: State) -> Callable[..., t
   generator, student, method = setup.generator, setup.student, setup.method
 
   def teach(images: jax.Array) -> Any:
-    return setup.teacher.apply(teacher, images, train=False)
+    return nets.forward_observed(setup.teacher, teacher, images)
 
   def loss(params: Tree, stats: Tree, batch: Tree, _: None, key: jax.Array) -> tuple[jax.Array, Aux]:
     z, y = batch
@@ -156,8 +170,9 @@ def initial_state(setup: Setup, key: jax.Array, image_shape: tuple[int, int, int
   if setup.generator:
     inputs = jnp.zeros((2, setup.method.noise.latent_dim)), jnp.zeros((2,), jnp.int32)
     variables = nets.init(setup.generator.net, streams.key(key, Stream.GENERATOR_INIT), *inputs)
-    generator = train_state(variables, setup.generator)
-  student = train_state(nets.init(setup.student.net, streams.key(key, Stream.STUDENT_INIT), image), setup.student)
+    generator = train_state(variables, dataclasses.replace(setup.generator, optimiser=setup.optimiser_of("generator")))
+  student_key = streams.key(key, Stream.STUDENT_INIT)
+  student = train_state(nets.init(setup.student.net, student_key, image, kernels=setup.student.init), setup.student)
   trained, memory = setup.method.init(streams.key(key, Stream.METHOD_INIT))
   hyper = Hyper(initial_weights(setup.weights.get("generator", {})), initial_weights(setup.weights["student"]))
   training = streams.key(key, Stream.TRAINING)

@@ -22,14 +22,24 @@ CHOICES = {
   "method": tuple(methods.METHODS),
   "loss.ikd_form": ("mse", "log"),
   "loss.scl_form": ("dense", "blockwise"),
+  "loss.kl_classes": ("sum", "mean"),
+  "loss.js_form": ("exact", "clamped"),
+  "loss.triplet.synthesis_of": ("teacher", "student"),
+  "loss.triplet.student_features": ("stages", "pooled"),
+  "pool.dtype": ("float32", "uint8"),
+  "generator.output": ("tanh", "sigmoid"),
+  "generator.init": ("torch", "normal"),
+  "generator.labels": ("uniform", "balanced"),
+  "generator.jitter": ("crops", "rolls"),
   "generator.schedule": ("steps", "cosine"),
   "generator.optimiser": ("adam", "restarted_adam"),
   "generator.student_mode": ("eval", "train"),
-  "student.optimiser": ("sgd", "adamw"),
-  "student.schedule": ("cosine", "published_steps"),
+  "student.init": ("kaiming", "torch"),
+  "student.optimiser": ("sgd", "adam", "adamw"),
+  "student.schedule": ("cosine", "published_steps", "steps"),
   "student.head": ("trained", "frozen"),
-  "teacher.optimiser": ("sgd", "adamw"),
-  "teacher.schedule": ("cosine", "cosine_per_epoch"),
+  "teacher.optimiser": ("sgd", "adam", "adamw"),
+  "teacher.schedule": ("cosine", "cosine_per_epoch", "steps"),
   "evaluate.split": ("test", "validation"),
   "evaluate.headline": ("last", "best"),
 }
@@ -56,6 +66,17 @@ POSITIVE = (
   "loss.kd_temperature",
   "pool.size",
   "pool.batch_size",
+  "pool.views",
+)
+NOT_NEGATIVE = (
+  "generator.label_limit",
+  "generator.epsilon",
+  "generator.clip",
+  "student.clip",
+  "student.lr_end",
+  "teacher.lr_end",
+  "teacher.clip",
+  "loss.triplet.synthesis_from",
 )
 
 
@@ -70,9 +91,12 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   config.loss.update({"scl_temperature": 0.07, "confidence": 1.0, "kd_temperature": 1.0, "double_softmax": True})
   config.loss.ikd_form = form
   config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999, "optimiser": "restarted_adam", "conditional": True})
-  config.generator.update({"crop_pad": 0, "flip": False, "label_limit": 100})
+  config.generator.update({"crop_pad": 0, "flip": False, "label_limit": 100, "labels": "uniform", "clip": 0.0})
+  config.generator.update({"output": "tanh", "init": "torch", "epsilon": 0.0})
   config.generator.update({"student_mode": "train", "stats_in_student_steps": True})
   config.student.update({"crop_pad": 0, "flip": False, "head": "frozen", "optimiser": "sgd", "decay_norms": True})
+  resnet = config.student.net.startswith("resnet")
+  config.student.update({"init": "torch" if resnet else "kaiming", "clip": 0.0, "lr_end": 0.0})
   config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "published_steps"})
   config.teacher.schedule = "cosine_per_epoch"
   config.evaluate.headline = "best"
@@ -107,8 +131,9 @@ def check_choices(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> Non
   for key in POSITIVE:
     if flat[key] <= 0:
       raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
-  if config.generator.label_limit < 0:
-    raise Refusal(f"config.generator.label_limit is {config.generator.label_limit}; it must be at least 0.")
+  for key in NOT_NEGATIVE:
+    if flat[key] < 0:
+      raise Refusal(f"config.{key} is {flat[key]}; it must be at least 0.")
 
 
 def check_reference(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import datasets, methods, nets, optim
+from cpsc_jax import algorithm, datasets, methods, nets, optim
 from cpsc_jax.config import Config
 from cpsc_jax.datasets import Dataset
+from cpsc_jax.errors import Refusal
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say
 from cpsc_jax.setup import Noise, Player, Setup
+from cpsc_jax.state import State, Tree
 
 
 def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sharding.Mesh) -> Setup:
@@ -26,15 +28,17 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   """
   generator = build_generator(config, spec, card)
   student, has_head = build_student(config, spec, teacher)
-  steps = config.schedule.iterations * config.student.steps
+  iterations = config.schedule.iterations
   noise = Noise(
     latent_dim=getattr(generator.net, "latent_dim", config.generator.latent_dim),
     num_labels=min(config.generator.label_limit or spec.num_classes, spec.num_classes),
     labelled=config.generator.conditional or inverts(config),
     mesh=mesh,
+    balanced=config.generator.labels == "balanced",
   )
   trained_head = has_head and config.student.head == "trained"
-  method = methods.method(methods.Parts(config, noise, generator, teacher, spec.image_shape, mesh, trained_head))
+  parts = methods.Parts(config, noise, generator, teacher, spec.image_shape, mesh, trained_head)
+  method = methods.method(dataclasses.replace(parts, mean=tuple(card["mean"]), std=tuple(card["std"])))
   if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
@@ -42,11 +46,12 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   return Setup(
     student=Player(
       net=student,
-      optimiser=optim.student_optimiser(config, steps),
+      optimiser=optim.student_optimiser(config, iterations * config.student.steps, waiting_epochs(config)),
       steps=config.student.steps,
       policy=policy(config, config.student.micro_batches),
       augment=augmentation(config.student, card),
       loss_scaling=scales_loss(config),
+      init=config.student.init,
     ),
     method=method,
     mesh=mesh,
@@ -60,6 +65,27 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   )
 
 
+def initial_state(
+  config: Config, setup: Setup, key: jax.Array, image_shape: tuple[int, int, int], teacher: Tree
+) -> State:
+  """The state that distillation begins with; under config.student.inherit the student has layers of the teacher.
+
+  Raises:
+    Refusal: there are none of the same name and shape.
+  """
+  state = algorithm.initial_state(setup, key, image_shape)
+  if not config.student.inherit:
+    return state
+  variables, taken = nets.inherited(state.student.variables, teacher)
+  if not taken:
+    raise Refusal(
+      "config.student.inherit is True, but student and teacher have no layer of the same name and shape; set it to"
+      " False or choose nets of one family and width."
+    )
+  say(f"{taken:,} of the student's {nets.count_parameters(variables['params']):,} parameters start as the teacher's")
+  return state.replace(student=state.student.replace(**variables))
+
+
 def build_teacher(config: Config, card: dict) -> Any:
   """The module of a card, computing in the config's precision."""
   return nets.classifier(card["net"], card["num_classes"], compute_dtype(config))
@@ -68,7 +94,8 @@ def build_teacher(config: Config, card: dict) -> Any:
 def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
   c = config.generator
   classes = spec.num_classes if c.conditional else 1
-  net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, compute_dtype(config))
+  form = nets.Form(c.output, c.epsilon, c.init, tuple(card["mean"]), tuple(card["std"]))
+  net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, compute_dtype(config), form)
   iterations = config.schedule.iterations
   every = (c.steps, 1) if inverts(config) else (iterations * c.steps, None)
   return Player(
@@ -93,6 +120,11 @@ def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, boo
   return student, ours != theirs
 
 
+def waiting_epochs(config: Config) -> int:
+  """Epochs at the start in which the student is not trained (FastDFKD's warm-up)."""
+  return config.loss.meta.warmup_episodes // config.schedule.iterations if "meta" in config.loss else 0
+
+
 def inverts(config: Config) -> bool:
   """Whether the config's method fits a new generator in every iteration."""
   return getattr(methods.METHODS[config.method], "INVERTS", False)
@@ -115,6 +147,8 @@ def augmentation(section: Config, card: dict) -> Callable[[jax.Array, jax.Array]
   """(key, normalised images) -> images by a section's crop_pad and flip, or None where it asks for neither."""
   if not (section.crop_pad or section.flip):
     return None
+  if section.get("jitter") == "rolls":
+    return lambda key, x: datasets.jitter(key, x, section.crop_pad, section.flip)
   black = black_of(card["mean"], card["std"])
 
   def augment(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -34,6 +34,12 @@ def kl(teacher_logits_NC: jax.Array, student_logits_NC: jax.Array, temperature: 
   return temperature**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
 
 
+def standardised(logits_NC: jax.Array) -> jax.Array:
+  """Each sample's logits with mean 0 and standard deviation 1 over the classes: (N, C) (Sun et al., CVPR 2024)."""
+  centred = logits_NC - jnp.mean(logits_NC, axis=-1, keepdims=True)
+  return centred / jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-14)
+
+
 def kl_where_agreed(teacher_logits_NC: jax.Array, student_logits_NC: jax.Array) -> jax.Array:
   """`kl` of the samples to which both nets give the same class, 0 for the others: (N,).
 
@@ -53,6 +59,23 @@ def jensen_shannon(
   q_to_m = jnp.sum(jnp.exp(log_q) * (log_q - log_m), axis=-1)
   p_to_m = jnp.sum(jnp.exp(log_p) * (log_p - log_m), axis=-1)
   return 0.5 * q_to_m + 0.5 * p_to_m
+
+
+def mixture_divergence(
+  teacher_logits_NC: jax.Array, student_logits_NC: jax.Array, temperature: jax.Array | float = 3.0
+) -> jax.Array:
+  """What the published code of DeepInversion computes for its Jensen-Shannon divergence: (N,) from two (N, C).
+
+  Half the sum of KL(mixture || teacher) and KL(mixture || student), all three probabilities clamped to [0.01, 0.99], so
+  that they no longer sum to 1.
+  """
+
+  def clamped(p: jax.Array) -> jax.Array:
+    return jnp.clip(p, 0.01, 0.99)
+
+  q, p = jax.nn.softmax(teacher_logits_NC / temperature), jax.nn.softmax(student_logits_NC / temperature)
+  q, p, m = clamped(q), clamped(p), clamped((q + p) / 2)
+  return jnp.sum(m * (jnp.log(m) - 0.5 * jnp.log(q) - 0.5 * jnp.log(p)), axis=-1)
 
 
 def l1(teacher_logits_NC: jax.Array, student_logits_NC: jax.Array) -> jax.Array:
@@ -376,4 +399,7 @@ def _unit(rows_ND):
 
 
 def _l2(x):
-  return jnp.sqrt(jnp.sum(jnp.square(x)))
+  """L2 norm over everything, whose gradient at 0 is 0, as PyTorch's."""
+  squared = jnp.sum(jnp.square(x))
+  positive = squared > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)

@@ -18,7 +18,7 @@ from cpsc_jax.teach import Teacher
 
 
 class Measures:
-  """What is measured of a state: the student's accuracy, its agreement with the teacher, and label fidelity."""
+  """What is measured of a state: the student's accuracy, its agreement with the teacher, and the samples' fidelity."""
 
   def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split):
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
@@ -44,11 +44,11 @@ class Measures:
       "agreement": evaluate.share_equal(predictions, self.teacher_predictions),
     }
     if self.sampler and self.setup.method.noise.labelled:
-      scores["label_fidelity"] = jnp.mean(self.sampler(state, self.teacher.variables, self.key)[1])
+      scores[self.setup.method.fidelity] = jnp.mean(self.sampler(state, self.teacher.variables, self.key)[1])
     return scores
 
   def sheet(self, state: State) -> tuple[Any, Any] | None:
-    """(samples of every class, label fidelity (C,)), or None where nothing is generated."""
+    """(samples of every class, their fidelity (C,)), or None where nothing is generated."""
     return jax.device_get(self.sampler(state, self.teacher.variables, self.key)) if self.sampler else None
 
   def headline(self, state: State) -> str:

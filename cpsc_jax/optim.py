@@ -27,8 +27,13 @@ def generator_optimiser(
     lr = warmup_cosine(c.lr, 0, epochs * steps_per_epoch)
   else:
     lr = per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps_per_epoch)
-  adam = optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8)
+  adam = clipped(optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8), c.clip)
   return restart_every_step(adam) if restarted else adam
+
+
+def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+  """`tx` behind gradients whose norm over all parameters is at most `norm`; 0: any."""
+  return optax.chain(optax.clip_by_global_norm(norm), tx) if norm else tx
 
 
 def restart_every_step(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -41,9 +46,15 @@ def restart_every_step(tx: optax.GradientTransformation) -> optax.GradientTransf
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def student_optimiser(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-  """The student's optimiser; a feature head that is `frozen` stays as it is, untouched by weight decay too."""
-  tx = optimiser(config.student, steps_per_epoch, config.schedule.horizon or config.schedule.epochs)
+def student_optimiser(
+  config: ml_collections.ConfigDict, steps_per_epoch: int, waiting_epochs: int = 0
+) -> optax.GradientTransformation:
+  """The student's optimiser, whose schedule begins after `waiting_epochs`.
+
+  A feature head that is `frozen` stays as it is, untouched by weight decay too.
+  """
+  epochs = (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
+  tx = optimiser(config.student, steps_per_epoch, epochs)
   if config.student.head == "trained":
     return tx
   return optax.partition({"net": tx, "head": optax.set_to_zero()}, head_labels)
@@ -55,17 +66,21 @@ def head_labels(params: Tree) -> Tree:
 
 
 def optimiser(c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
-  """What a section of the config (teacher or student) asks for: sgd or adamw, with its schedule over `epochs`."""
+  """What a section of the config (teacher or student) asks for: its optimiser, with its schedule over `epochs`."""
   steps = steps_per_epoch
   lr = {
-    "cosine": lambda: warmup_cosine(c.lr, c.warmup_epochs * steps, epochs * steps),
+    "cosine": lambda: warmup_cosine(c.lr, c.warmup_epochs * steps, epochs * steps, c.lr_end),
     "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(c.lr, epochs), steps),
     "published_steps": lambda: per_epoch(published_student_lr(c.lr, epochs), steps),
+    "steps": lambda: per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps),
   }[c.schedule]()
   mask = None if c.decay_norms else matrices
-  if c.optimiser == "adamw":
-    return optax.adamw(lr, b1=c.momentum, weight_decay=c.weight_decay, mask=mask)
-  return sgd(lr, c.momentum, c.weight_decay, mask)
+  tx = {
+    "sgd": lambda: sgd(lr, c.momentum, c.weight_decay, mask),
+    "adam": lambda: optax.chain(optax.add_decayed_weights(c.weight_decay, mask), optax.adam(lr, b1=c.momentum)),
+    "adamw": lambda: optax.adamw(lr, b1=c.momentum, weight_decay=c.weight_decay, mask=mask),
+  }[c.optimiser]()
+  return clipped(tx, c.clip)
 
 
 def matrices(params: Tree) -> Tree:
@@ -79,15 +94,15 @@ def sgd(lr: optax.ScalarOrSchedule, momentum: float, weight_decay: float, mask=N
   return optax.chain(decay, optax.trace(momentum), optax.scale_by_learning_rate(lr))
 
 
-def warmup_cosine(lr: float, warmup_steps: float, total_steps: int) -> optax.Schedule:
-  """Linear from lr / (warmup + 1) to lr, then half a cosine to 0 at `total_steps`; the step is counted from 0."""
+def warmup_cosine(lr: float, warmup_steps: float, total_steps: int, end: float = 0.0) -> optax.Schedule:
+  """Linear from lr / (warmup + 1) to lr, then half a cosine to `end` at `total_steps`; the step is counted from 0."""
   warmup_steps = min(int(warmup_steps), max(total_steps - 1, 0))
 
   def schedule(count):
     count = jnp.asarray(count, float)
     rise = (count + 1.0) / (warmup_steps + 1.0)
     fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((count - warmup_steps) / (total_steps - warmup_steps), 0, 1)))
-    return lr * jnp.where(count < warmup_steps, rise, fall)
+    return jnp.where(count < warmup_steps, lr * rise, end + (lr - end) * fall)
 
   return schedule
 

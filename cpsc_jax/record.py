@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cpsc_jax import checkpoint, datasets, nets, report
+from cpsc_jax import checkpoint, datasets, nets, report, saved
 from cpsc_jax import config as configs
 from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
@@ -119,7 +119,7 @@ def finish(
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
   card["class_names"] = data.class_names()
-  generator_card = card | {key: config.generator[key] for key in ("net", "latent_dim", "width", "conditional")}
+  generator_card = card | {key: config.generator[key] for key in saved.GENERATOR_CARD}
   student_card = card | {
     "net": config.student.net,
     "dataset": data.name,
@@ -127,7 +127,7 @@ def finish(
   }
   net, last = nets.deployed(setup.student.net, outcome.state.student.variables)
   pool = setup.method.pool(outcome.state)
-  generator = outcome.state.generator if pool is None else None
+  generator = outcome.state.generator if setup.method.keeps_generator else None
   results = {
     **_about(config),
     "teacher": _about_teacher(config, teacher, teacher_accuracy),
@@ -209,12 +209,12 @@ def _scores(config: Config, outcome: Outcome) -> dict:
 def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any) -> dict | None:
   if sheet is None:
     return None
-  labelled = setup.method.noise.labelled
+  labelled, fidelity = setup.method.noise.labelled, setup.method.fidelity
   return {
     "net": config.generator.net,
     "parameters": nets.count_parameters(outcome.state.generator.params),
-    "label_fidelity": float(np.mean(sheet[1])) if labelled else None,
-    "label_fidelity_per_class": [float(f) for f in sheet[1]] if labelled else None,
+    fidelity: float(np.mean(sheet[1])) if labelled else None,
+    f"{fidelity}_per_class": [float(f) for f in sheet[1]] if labelled else None,
   }
 
 
@@ -233,8 +233,10 @@ def held_images(pool: Pool, card: dict, mesh: jax.sharding.Mesh) -> dict[str, np
   whole = jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(pool))
   slots = min(int(whole.count), whole.slots)
   flat = {name: array[:slots].reshape(-1, *array.shape[2:]) for name, array in whole.arrays.items()}
-  images = datasets.denormalise(flat["images"], card["mean"], card["std"])
-  return {"images": np.round(255 * images).astype(np.uint8), "labels": flat["labels"]}
+  images = flat["images"]
+  if images.dtype != np.uint8:
+    images = np.round(255 * datasets.denormalise(images, card["mean"], card["std"])).astype(np.uint8)
+  return {"images": images, "labels": flat["labels"]}
 
 
 def save_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:

@@ -22,7 +22,8 @@ from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal, first_line
 
 COLUMNS = 12  # samples in a row of samples.png
-SCORES = ("accuracy", "agreement", "label_fidelity")
+FIDELITIES = ("label_fidelity", "pool_fidelity")  # of fresh samples, of an image pool; a run has one of them
+SCORES = ("accuracy", "agreement", *FIDELITIES)
 AGAIN = "delete results.json and repeat the command of the run, which makes these files again without training"
 
 # What is read of results.json, {path: type}; GENERATOR only where there is one.
@@ -50,9 +51,8 @@ RESULTS = {
 GENERATOR = {
   "generator.net": str,
   "generator.parameters": NUMBER,
-  "generator.label_fidelity": (*NUMBER, type(None)),
-  "generator.label_fidelity_per_class": (list, type(None)),
 }
+FIDELITY = {"": (*NUMBER, type(None)), "_per_class": (list, type(None))}
 
 
 def report(workdir: str | pathlib.Path) -> list[pathlib.Path]:
@@ -88,6 +88,8 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
   _check(path, results, RESULTS)
   if results["generator"]:
     _check(path, results, GENERATOR)
+    name = fidelity_name(results["generator"])
+    _check(path, results, {f"generator.{name}{suffix}": kind for suffix, kind in FIDELITY.items()})
   return results
 
 
@@ -102,7 +104,7 @@ def draw(workdir: str | pathlib.Path, results: dict[str, Any]) -> list[pathlib.P
   workdir = pathlib.Path(workdir)
   history, generator = _read_history(workdir / "history.json"), results["generator"]
   if generator:
-    images, fidelity = _read_samples(workdir / "samples.npz"), generator["label_fidelity_per_class"]
+    images, fidelity = _read_samples(workdir / "samples.npz"), generator[f"{fidelity_name(generator)}_per_class"]
     if fidelity and len(fidelity) != len(images):
       raise Refusal(f"{workdir / 'samples.npz'} has {len(images)} classes, results.json {len(fidelity)}; {AGAIN}.")
   pictures = [workdir / "curves.png"]
@@ -223,13 +225,19 @@ def print_table(results: dict[str, Any]) -> None:
     figures = (f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}")
     table.add_row(label, student["net"], f"{student['parameters']:,}", *figures)
   if generator:
-    fidelity = generator["label_fidelity"]
-    shown = "no classes" if fidelity is None else f"label fidelity {fidelity:.3f}"
+    name = fidelity_name(generator)
+    fidelity = generator[name]
+    shown = "no classes" if fidelity is None else f"{name.replace('_', ' ')} {fidelity:.3f}"
     table.add_row("generator", generator["net"], f"{generator['parameters']:,}", shown, "")
   console = Console(width=None if Console().is_terminal else 110, markup=False, emoji=False)
   console.print(table)
   devices = f"{results['hardware']['devices']} x {results['hardware']['device']}"
   console.print(f"{seconds_in_words(results)}, on {devices}; {images} {split} images")
+
+
+def fidelity_name(generator: dict[str, Any]) -> str:
+  """Which of FIDELITIES results.json has of a generator."""
+  return next((name for name in FIDELITIES if name in generator), FIDELITIES[0])
 
 
 def seconds_in_words(results: dict[str, Any]) -> str:

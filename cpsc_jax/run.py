@@ -77,5 +77,6 @@ def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: d
   program = algorithm.compile_epoch(setup, c.schedule.iterations)
   key = streams.key(streams.root(c.seed), Stream.DISTILLATION)
   with working("drawing the initial weights"):
-    state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+    state = experiment.initial_state(c, setup, key, data.spec.image_shape, teacher.variables)
+    state = algorithm.placed(setup, state)
   return lambda state: program(state, teacher.variables), state

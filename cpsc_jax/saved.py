@@ -15,6 +15,7 @@ from cpsc_jax.errors import Refusal
 WHICH = ("student", "student_best", "teacher", "generator")
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
 GENERATOR_KEYS = ("latent_dim", "width")
+GENERATOR_CARD = ("net", *GENERATOR_KEYS, "conditional", "output", "epsilon", "init")  # what a card has of a config
 
 
 class SavedNet(NamedTuple):
@@ -110,7 +111,9 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
   if card["net"] in nets.GENERATORS:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
     classes = classes if card.get("conditional", True) else 1  # older cards lack this key
-    return nets.generator(card["net"], classes, size, channels, card["width"]), (latents, labels)
+    form = {key: card[key] for key in ("output", "epsilon", "init") if key in card}
+    form = nets.Form(**form, mean=tuple(card["mean"]), std=tuple(card["std"]))
+    return nets.generator(card["net"], classes, size, channels, card["width"], form=form), (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
 
 

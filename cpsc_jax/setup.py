@@ -1,10 +1,11 @@
 """What stays fixed while training runs: the nets and optimisers of both players, and the method."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from cpsc_jax import streams
@@ -35,12 +36,13 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """What a generator is asked for: standard normal latents, and labels that are all equally likely.
+  """What a generator is asked for: standard normal latents, and labels that are all equally likely or equally common.
 
   Attributes:
     latent_dim: width of the latents.
     num_labels: labels are below it.
     labelled: whether a label means the class asked for, so that label fidelity can be measured.
+    balanced: whether a batch has all labels equally often, in a random order, as far as they go.
     mesh: batches are split over its devices.
   """
 
@@ -48,11 +50,16 @@ class Noise:
   num_labels: int
   labelled: bool
   mesh: jax.sharding.Mesh
+  balanced: bool = False
 
   def draw(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     """`number` latents (N, nz) and labels (N,) int32, from two streams of `key`."""
     z = jax.random.normal(streams.key(key, Stream.LATENTS), (number, self.latent_dim))
-    y = jax.random.randint(streams.key(key, Stream.LABELS), (number,), 0, self.num_labels)
+    key_labels = streams.key(key, Stream.LABELS)
+    if self.balanced:
+      y = jax.random.permutation(key_labels, jnp.arange(number, dtype=jnp.int32) % self.num_labels)
+    else:
+      y = jax.random.randint(key_labels, (number,), 0, self.num_labels)
     return jax.lax.with_sharding_constraint((z, y), batch_sharding(self.mesh))
 
 
@@ -83,6 +90,12 @@ class Method:
     noise: what the generator is asked for; None where nothing is generated.
     batch_size: images of a generator update.
     shardings: (sharding of `State.trained`, sharding of `State.memory`) or trees of them; None: on every device.
+    optimisers: {name: optimiser} of those parts of `State.trained` that do not share the generator's, and "generator"
+      where it is not the config's.
+    waits: state -> whether the student's updates of this iteration are left out, () bool; None: never.
+    keeps_generator: whether `State.generator` is worth keeping at the end.
+    fidelity: what the share of `samples` to which the teacher gives their label is called: "label_fidelity" of fresh
+      samples, "pool_fidelity" of the pool's.
   """
 
   generator_terms: dict[str, Term]
@@ -99,6 +112,10 @@ class Method:
   noise: Noise | None = None
   batch_size: int = 0
   shardings: tuple[Tree, Tree] | None = None
+  optimisers: Mapping[str, optax.GradientTransformation] = dataclasses.field(default_factory=dict)
+  waits: Callable[[State], jax.Array] | None = None
+  keeps_generator: bool = True
+  fidelity: str = "label_fidelity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +130,7 @@ class Player:
     augment: (key, images) -> images, applied to what the student learns from, or to what both nets see of the
       generator's images; None for neither.
     loss_scaling: whether its loss is scaled dynamically (float16).
+    init: what `nets.init` calls the way in which convolutions start.
   """
 
   net: Any
@@ -121,6 +139,7 @@ class Player:
   policy: Policy = Policy()
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   loss_scaling: bool = False
+  init: str = "kaiming"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,3 +164,7 @@ class Setup:
   teacher: Any = None
   generator: Player | None = None
   student_trains_in_generator_steps: bool = False
+
+  def optimiser_of(self, name: str) -> optax.GradientTransformation:
+    """The optimiser of "generator" or of one of `State.trained`."""
+    return self.method.optimisers.get(name, self.generator.optimiser)

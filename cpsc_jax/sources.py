@@ -4,7 +4,7 @@ A source is (state, key, data) -> (state, images (N, H, W, K) in the teacher's n
 move its own part of the state, and nothing is differentiated through it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,26 @@ from cpsc_jax.state import State, Tree
 from cpsc_jax.streams import Stream
 
 
-def fresh(generator: Any, noise: Noise, number: int, move_statistics: bool = False) -> Source:
-  """`number` new samples of the generator, normalised by their own batch.
+def of_generator(state: State) -> Tree:
+  """The variables of the generator under training."""
+  return state.generator.variables
+
+
+def fresh(
+  generator: Any,
+  noise: Noise,
+  number: int,
+  move_statistics: bool = False,
+  of: Callable[[State], Tree] = of_generator,
+) -> Source:
+  """`number` new samples of the generator with the variables `of` a state, normalised by their own batch.
 
   With `move_statistics` its running statistics take these batches in, as in the published code of CPSC-DFKD.
   """
 
   def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
     z, y = noise.draw(key, number)
-    x, stats = sample_images(generator, state.generator.variables, z, y)
+    x, stats = sample_images(generator, of(state), z, y)
     if move_statistics:
       state = state.replace(generator=state.generator.replace(batch_stats=stats))
     return state, x, y
@@ -40,14 +51,49 @@ def sample_images(generator: Any, variables: Tree, z: jax.Array, y: jax.Array) -
   return jax.lax.stop_gradient(x), stats
 
 
-def pooled(number: int, mesh: jax.sharding.Mesh) -> Source:
-  """`number` images of the pool in `State.memory["pool"]`, with the labels they were asked for."""
+def pooled(
+  number: int, mesh: jax.sharding.Mesh, views: int = 1, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> Source:
+  """`number` images of the pool in `State.memory["pool"]`, with the labels they were asked for.
+
+  Each is given `views` times, one view after the other, for crops and flips to tell apart. `mean` and `std` are those
+  of the teacher's input, which images held as uint8 need.
+  """
 
   def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
     drawn = pools.draw(state.memory["pool"], key, number)
-    return state, *jax.lax.with_sharding_constraint((drawn["images"], drawn["labels"]), batch_sharding(mesh))
+    x, y = jnp.repeat(restored(drawn["images"], mean, std), views, axis=0), jnp.repeat(drawn["labels"], views)
+    return state, *jax.lax.with_sharding_constraint((x, y), batch_sharding(mesh))
 
   return source
+
+
+def replayed(new: Source, number: int, mesh: jax.sharding.Mesh) -> Source:
+  """The batches of `new`, which join the pool in `State.memory["pool"]`, and `number` images drawn from that pool."""
+  from_pool = pooled(number, mesh)
+
+  def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
+    key_new, key_old = streams.keys(key, Stream.PARTS, 2)
+    state, x, y = new(state, key_new, data)
+    state = state.replace(memory={**state.memory, "pool": pools.add(state.memory["pool"], images=x, labels=y)})
+    state, *old = from_pool(state, key_old, data)
+    joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), (x, y), tuple(old))
+    return state, *jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))
+
+  return source
+
+
+def stored(images: jax.Array, dtype: str, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Normalised images (N, H, W, K) as a pool of `dtype` holds them: "uint8" clips to [0, 1] and rounds to 8 bits."""
+  if dtype != "uint8":
+    return images
+  pixels = images * jnp.asarray(std, images.dtype) + jnp.asarray(mean, images.dtype)
+  return jnp.round(255 * jnp.clip(pixels, 0, 1)).astype(jnp.uint8)
+
+
+def restored(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """The normalised images of what `stored` gave."""
+  return datasets.normalise(images, mean, std) if images.dtype == jnp.uint8 else images
 
 
 def real(number: int, mean: Sequence[float], std: Sequence[float], mesh: jax.sharding.Mesh) -> Source:

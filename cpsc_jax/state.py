@@ -16,8 +16,9 @@ class Statistics:
   """What a prior over inputs compares, layer by layer; for batch norm, the moments of a layer's input.
 
   Attributes:
-    seen: {layer: {"mean": (K,), "var": (K,)}} of the current batch, variance biased.
-    stored: the same of the training data.
+    seen: {layer: {"mean": (K,), "var": (K,), "samples": (N, K)}} of the current batch: mean and biased variance over
+      batch and space, and each sample's mean over space.
+    stored: {layer: {"mean": (K,), "var": (K,)}} of the training data.
   """
 
   seen: Tree

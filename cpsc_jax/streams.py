@@ -21,6 +21,8 @@ class Stream(enum.StrEnum):
   # of a phase
   GENERATOR_INIT = "generator_init"
   STUDENT_INIT = "student_init"
+  HEAD_INIT = "head_init"
+  KERNELS_INIT = "kernels_init"
   METHOD_INIT = "method_init"
   TRAINING = "training"
   # of training, one per iteration, and of an iteration

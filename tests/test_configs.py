@@ -15,6 +15,7 @@ from cpsc_jax.configs import (
   deepinversion_cifar10,
   default,
   dfad_cifar10,
+  fast_cifar10,
   digits,
   rgal_cifar10,
   tiny_imagenet,
@@ -32,15 +33,28 @@ OTHER_METHODS = {
   "dafl": dafl_cifar10,
   "deepinversion": deepinversion_cifar10,
   "dfad": dfad_cifar10,
+  "fast": fast_cifar10,
   "rgal": rgal_cifar10,
   "zskt": zskt_cifar10,
 }
-CMI_KEYS = {
-  "loss.generator.views",
-  "loss.views.negatives",
-  "loss.views.temperature",
-  "loss.views.width",
-  "pool.bank",
+OWN_KEYS = {
+  "cmi": {
+    "loss.generator.views",
+    "loss.views.features",
+    "loss.views.flip",
+    "loss.views.lr",
+    "loss.views.negatives",
+    "loss.views.temperature",
+    "loss.views.width",
+    "pool.bank",
+  },
+  "fast": {
+    "loss.meta.bn_momentum",
+    "loss.meta.form",
+    "loss.meta.latent_lr",
+    "loss.meta.redraw_episode",
+    "loss.meta.warmup_episodes",
+  },
 }
 TEST_ONLY = datasets.Dataset(10, 8, 1, (0.3,), (0.4,), {"test": 454}, photographs=False)
 
@@ -75,7 +89,7 @@ def test_config_is_complete_and_resolves(name, variant):
 @pytest.mark.parametrize("method", OTHER_METHODS)
 def test_config_of_another_method_is_complete_and_resolves(method, variant):
   config = OTHER_METHODS[method].get_config(variant)
-  assert keys_of(config) == keys_of(default.get_config()) | (CMI_KEYS if method == "cmi" else set())
+  assert keys_of(config) == keys_of(default.get_config()) | OWN_KEYS.get(method, set())
   assert config.is_locked and config.student.is_locked and config.pool.is_locked
   assert config.method == method and config.dataset.name == ("digits" if "digits" in variant else "cifar10")
   resolve(config)
@@ -235,11 +249,11 @@ def test_without_reference_nothing_published_is_on():
     ("generator.student_mode", "test", "eval, train"),
     ("generator.label_limit", -1, "at least 0"),
     ("generator.micro_batches", 0, "greater than 0"),
-    ("student.optimiser", "adam", "sgd, adamw"),
+    ("student.optimiser", "rmsprop", "sgd, adam, adamw"),
     ("student.schedule", "cosine_per_epoch", "cosine, published_steps"),
     ("student.head", "none", "trained, frozen"),
     ("student.micro_batches", 3, "does not divide a batch of 64"),
-    ("teacher.optimiser", "adam", "sgd, adamw"),
+    ("teacher.optimiser", "rmsprop", "sgd, adam, adamw"),
     ("teacher.schedule", "published_steps", "cosine, cosine_per_epoch"),
     ("teacher.micro_batches", 3, "does not divide a batch of 64"),
     ("evaluate.split", "train", "test, validation"),

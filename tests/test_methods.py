@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command
@@ -36,17 +37,18 @@ from cpsc_jax.state import Output, View
 from cpsc_jax.streams import Stream
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-INVERTING = ("rgal", "deepinversion", "cmi")
+INVERTING = ("rgal", "deepinversion", "cmi", "fast")
 DIGITS = datasets.DATASETS["digits"]
 # The terms that a smoke config gives a weight, and those of them that compare samples across the batch.
 ACTIVE = {
   "cpsc": ({"adversarial", "ikd", "bn", "scl", "ce"}, {"kd", "l2", "ce"}),
-  "rgal": ({"bn", "ce", "adversarial", "triplet"}, {"kd", "channel", "triplet"}),
+  "rgal": ({"bn", "ce", "adversarial", "triplet", "activation", "balance"}, {"kd", "channel", "triplet"}),
   "dafl": ({"one_hot", "activation", "balance"}, {"kd"}),
   "dfad": ({"adversarial"}, {"l1"}),
   "zskt": ({"adversarial"}, {"kd", "attention"}),
   "deepinversion": ({"ce", "bn", "variation", "adversarial"}, {"kd"}),
   "cmi": ({"bn", "ce", "adversarial", "views"}, {"kd"}),
+  "fast": ({"bn", "ce", "adversarial"}, {"kd"}),
 }
 COUPLED = {"bn", "scl", "triplet", "balance", "variation", "norm", "views"}
 
@@ -154,7 +156,7 @@ def test_terms_are_of_single_samples_unless_they_couple_the_batch(method):
     s = setup.student.net.apply(state.student.variables, x, train=False)
 
     def teach(images):
-      return setup.teacher.apply(teacher, images, train=False)
+      return nets.forward_observed(setup.teacher, teacher, images)
 
     view = View(y, t, s, x, jax.random.key(0), trained, state.memory, teach)
     return {
@@ -223,9 +225,12 @@ def test_smoke_run_reaches_its_report(method, tmp_path, digits_dir, finished):
   assert results["method"] == method and results["student"]["last"]["epoch"] == 2
   assert {path.name for path in workdir.iterdir()} >= {"samples.png", "curves.png", "student", "results.json"}
   inverts = method in INVERTING
-  assert (workdir / "generator").exists() != inverts and (workdir / "pool.npz").exists() == inverts
+  assert (workdir / "generator").exists() == (not inverts or method == "fast") and (
+    workdir / "pool.npz"
+  ).exists() == inverts
   conditional = method == "cpsc" or inverts
-  assert (results["generator"]["label_fidelity"] is not None) == conditional
+  fidelity = "pool_fidelity" if inverts else "label_fidelity"
+  assert (results["generator"][fidelity] is not None) == conditional
   if inverts:
     with np.load(workdir / "pool.npz") as held:
       assert held["images"].shape == (64, 8, 8, 1) and held["images"].dtype == np.uint8
@@ -245,7 +250,7 @@ def test_an_iteration_begins_with_a_new_generator():
 
 def test_inversion_keeps_the_batch_of_the_least_loss():
   """Steps whose loss rises leave the best batch as it was; the latents move all the same."""
-  setup, teacher, state = start("rgal")
+  setup, teacher, state = start("rgal", **{"pool.dtype": "float32"})
   state = jax.jit(setup.method.begin)(state, jax.random.key(1))
   step = jax.jit(algorithm.generator_step(setup, teacher))
   lowest, images = np.inf, None
@@ -273,7 +278,7 @@ def test_an_untrained_generator_fills_the_pool_too():
 @pytest.mark.parametrize("method", INVERTING)
 def test_a_share_of_the_students_batch_can_be_fresh(method):
   """A first quarter that the present generator draws, and the rest from the pool with its labels."""
-  setup, _, state = start(method, **{"pool.fresh_share": 0.25})
+  setup, _, state = start(method, **{"pool.fresh_share": 0.25, "pool.dtype": "float32"})
   state = jax.jit(setup.method.begin)(state, jax.random.key(1))
   images = jnp.full_like(state.memory["best"]["images"], 100.0)
   state = state.replace(memory={**state.memory, "best": {**state.memory["best"], "images": images}})
@@ -293,11 +298,81 @@ def test_a_share_of_the_students_batch_can_be_fresh(method):
 
 
 def test_without_a_fresh_share_the_whole_batch_is_of_the_pool():
-  setup, _, state = start("rgal")
+  setup, _, state = start("rgal", **{"pool.dtype": "float32"})
   state = setup.method.keep(jax.jit(setup.method.begin)(state, jax.random.key(1)))
   _, x, _ = jax.jit(setup.method.source)(state, jax.random.key(3), None)
   held = np.asarray(state.memory["pool"].arrays["images"][0])
   assert all(any(np.array_equal(image, one) for one in held) for image in np.asarray(x))
+
+
+def test_a_pool_of_8_bits_holds_pictures():
+  """Within half a step of 255, clipped to black and white, and read back in the teacher's space."""
+  mean, std = (0.4, 0.5), (0.2, 0.25)
+  x = jax.random.normal(jax.random.key(0), (6, 4, 4, 2)) * 2
+  held = sources.stored(x, "uint8", mean, std)
+  assert held.dtype == jnp.uint8 and sources.stored(x, "float32", mean, std) is x
+  pixels = np.clip(np.asarray(x) * std + mean, 0, 1)
+  back = np.asarray(sources.restored(held, mean, std))
+  assert np.abs(back * std + mean - pixels).max() <= 0.5 / 255 + 1e-6
+  np.testing.assert_allclose(back, np.asarray(datasets.normalise(held, mean, std)))
+  setup, _, state = start("rgal", **{"pool.dtype": "uint8"})
+  state = jax.jit(setup.method.begin)(state, jax.random.key(1))
+  kept = setup.method.keep(state).memory["pool"].arrays["images"]
+  assert kept.dtype == jnp.uint8
+
+
+def test_a_pool_gives_several_views_of_an_image():
+  setup, _, state = start("rgal", **{"pool.views": 2, "student.crop_pad": 1})
+  state = setup.method.keep(jax.jit(setup.method.begin)(state, jax.random.key(1)))
+  _, x, y = jax.jit(setup.method.source)(state, jax.random.key(3), None)
+  assert x.shape[0] == y.shape[0] == 32
+  assert np.array_equal(x[::2], x[1::2]) and np.array_equal(y[::2], y[1::2])
+  assert len(np.unique(np.asarray(x[::2]).reshape(16, -1), axis=0)) > 8
+  with pytest.raises(Refusal, match="config.pool.views is 3, which does not divide the 32 images"):
+    resolved("rgal", **{"pool.views": 3, "student.crop_pad": 1})
+  with pytest.raises(Refusal, match="all views of an image are the same without crops and flips"):
+    resolved("rgal", **{"pool.views": 2, "student.crop_pad": 0})
+
+
+def test_earlier_batches_are_replayed():
+  """A quarter of the batch comes from a ring of the newest fresh images; the rest is fresh and joins it."""
+  setup, _, state = start("cpsc", **{"pool.replay_share": 0.25, "pool.size": 48})
+  source = jax.jit(setup.method.source)
+  seen = []
+  for i in range(4):
+    state, x, _ = source(state, jax.random.key(i), None)
+    assert x.shape[0] == 32
+    seen.append(np.asarray(x[:24]))
+    ring = state.memory["pool"]
+    held = np.asarray(ring.arrays["images"]).reshape(-1, *x.shape[1:])[: 24 * min(i + 1, 2)]
+    assert all(any(np.array_equal(image, one) for one in held) for image in np.asarray(x[24:]))
+  held = np.asarray(state.memory["pool"].arrays["images"])
+  assert np.array_equal(held[0], seen[2]) and np.array_equal(held[1], seen[3]), "the newest replace the oldest"
+  with pytest.raises(Refusal, match="config.pool.size is 16, less than the 24 new images"):
+    resolved("cpsc", **{"pool.replay_share": 0.25, "pool.size": 16})
+
+
+def test_the_average_of_the_generator_draws_a_share():
+  setup, teacher, state = start.__wrapped__("cpsc", **{"generator.ema": 0.9, "generator.ema_share": 0.25})
+  first = jax.jit(algorithm.iteration(setup, *(f(setup, teacher) for f in STEPS)))
+  after, _ = first(state, None)
+  average = after.memory["average"]
+  assert equal(average, after.generator.variables), "after one iteration it is the generator"
+  again, _ = first(after, None)
+  want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, average, again.generator.variables)
+  for a, b in zip(jax.tree.leaves(again.memory["average"]), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  key = jax.random.key(7)
+  _, x, y = jax.jit(setup.method.source)(again, key, None)
+  z, labels = setup.method.noise.draw(streams.nth(key, Stream.PARTS, 1), 8)
+  old, _ = sources.sample_images(setup.generator.net, again.memory["average"], z, labels)
+  np.testing.assert_allclose(x[24:], old, rtol=1e-4, atol=1e-5)
+  assert np.array_equal(y[24:], labels)
+  with pytest.raises(Refusal, match="config.generator.ema is 1.5"):
+    resolved("cpsc", **{"generator.ema": 1.5})
+
+
+STEPS = (algorithm.generator_step, algorithm.student_step)
 
 
 @pytest.mark.parametrize("method", ["cpsc", "dafl"])
@@ -460,7 +535,8 @@ def test_contrast_of_views(batches):
   whole, local = rows(4), rows(4)
   view = View(None, as_output(whole), None, images=jnp.zeros((4, 8, 8, 1)), key=jax.random.key(0))
   view = view.replace(trained={"critic": {}}, memory={"bank": bank}, teach=lambda x: as_output(local))
-  ours = float(cmi.instance_contrast(view, UnitCritic(), 12, 0.2))
+  c = ml_collections.ConfigDict({"negatives": 12, "temperature": 0.2, "flip": True})
+  ours = float(cmi.instance_contrast(view, UnitCritic(), cmi.averaged_stages, c))
   held = np.asarray(bank.arrays["features"]).reshape(12, 10)[: 4 * batches]
   a = np.asarray(UnitCritic().apply({}, jnp.asarray(np.concatenate([local, held[:, :5]]))))
   b = np.asarray(UnitCritic().apply({}, jnp.asarray(np.concatenate([whole, held[:, 5:]]))))

@@ -36,7 +36,19 @@ ROOMS = {
   "interop": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate", "saved"},
   "loop": {"errors", "checkpoint", "events", "mesh", "progress", "state", "stop"},
   "config": {"datasets", "errors", "mesh", "methods", "nets", "setup"},
-  "experiment": {"config", "datasets", "gradients", "methods", "nets", "optim", "progress", "setup"},
+  "experiment": {
+    "algorithm",
+    "config",
+    "datasets",
+    "errors",
+    "gradients",
+    "methods",
+    "nets",
+    "optim",
+    "progress",
+    "setup",
+    "state",
+  },
   "teach": {
     "algorithm",
     "checkpoint",
@@ -59,6 +71,7 @@ ROOMS = {
   },
   "measures": {"config", "datasets", "evaluate", "mesh", "nets", "progress", "setup", "state", "streams", "teach"},
   "record": {
+    "saved",
     "checkpoint",
     "config",
     "datasets",
@@ -110,7 +123,7 @@ LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
   "flax.struct": {"state", "gradients", "pool"},
   "flax.training": {"state", "gradients"},
-  "optax": {"losses", "optim", "setup", "state"},  # the last two for the type of an optimiser
+  "optax": {"losses", "methods", "optim", "setup", "state"},  # the last two for the type of an optimiser
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},

@@ -195,6 +195,16 @@ def augment(key: jax.Array, images: jax.Array, pad: int, flip: bool, fill: Array
   return images
 
 
+def jitter(key: jax.Array, images: jax.Array, shift: int, flip: bool) -> jax.Array:
+  """Images (N, H, W, K), all rolled by the same up to `shift` pixels in each direction and, if `flip`, perhaps flipped.
+
+  What leaves on one side enters on the other (DeepInversion, in its published code).
+  """
+  key_roll, key_flip = jax.random.split(key)
+  images = jnp.roll(images, jax.random.randint(key_roll, (2,), -shift, shift + 1), axis=(1, 2))
+  return jnp.where(jax.random.bernoulli(key_flip), images[:, :, ::-1], images) if flip else images
+
+
 def _read_record(name: str, data_dir: str) -> Dataset:
   """The `Dataset` of a folder of images that was prepared as `name`."""
   path = os.path.join(data_dir, name, OWN_VERSION, OWN_RECORD)

@@ -6,7 +6,7 @@ from types import ModuleType
 import jax
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.methods import cmi, cpsc, dafl, deepinversion, dfad, inversion, rgal, zskt
+from cpsc_jax.methods import base, cmi, cpsc, dafl, deepinversion, dfad, fast, inversion, rgal, zskt
 from cpsc_jax.methods.base import Parts
 from cpsc_jax.setup import Method, Term
 
@@ -19,6 +19,7 @@ METHODS: dict[str, ModuleType] = {
   "zskt": zskt,
   "deepinversion": deepinversion,
   "cmi": cmi,
+  "fast": fast,
 }
 
 
@@ -64,7 +65,9 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   module = METHODS[config.method]
   if hasattr(module, "check"):
     module.check(config, mesh)
-  elif config.generator.net == "pixels":
+    return
+  base.check(config, mesh)
+  if config.generator.net == "pixels":
     raise Refusal(
       f"config.generator.net 'pixels' has no parameters to train, and method '{config.method}' trains its generator;"
       " choose another generator."

@@ -1,14 +1,19 @@
 """What methods are made of, and the alternating kind: one generator that is kept, and samples that are fresh."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from cpsc_jax import nets, sources
+from cpsc_jax import pool as pools
+from cpsc_jax.errors import Refusal
+from cpsc_jax.mesh import replicated
 from cpsc_jax.setup import Method, Noise, Player, Term
-from cpsc_jax.state import State
+from cpsc_jax.state import State, TrainState, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Parts:
     image_shape: (H, W, K).
     mesh: the devices.
     trained_head: whether the student has a feature head that learns.
+    mean, std: of the teacher's input, per channel, of pixels in [0, 1].
   """
 
   config: ml_collections.ConfigDict
@@ -32,6 +38,79 @@ class Parts:
   image_shape: tuple[int, int, int]
   mesh: jax.sharding.Mesh
   trained_head: bool = False
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
+
+
+def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.Source, Tree]:
+  """(key -> memory, source, shardings of the memory) of fresh samples, with shares of replay and of an average.
+
+  The memory has {"pool"} where earlier batches are replayed and {"average"} where the generator is averaged.
+  """
+  config, net, noise, mesh = parts.config, parts.generator.net, parts.noise, parts.mesh
+  replayed, averaged = share_numbers(config)
+  number = config.schedule.batch_size - replayed
+  shape, move_statistics = parts.image_shape, config.generator.stats_in_student_steps
+  new = sources.fresh(net, noise, number - averaged, move_statistics)
+  if averaged:
+    old = sources.fresh(net, noise, averaged, of=lambda state: state.memory["average"])
+    new = sources.mixture([new, old], mesh)
+  source = sources.replayed(new, replayed, mesh) if replayed else new
+
+  def memory(key: jax.Array) -> Tree:
+    kept = {}
+    if replayed:
+      slots = max(config.pool.size // number, 1)
+      kept["pool"] = pools.empty(slots, number, images=(shape, jnp.float32), labels=((), jnp.int32))
+    if averaged:
+      inputs = jnp.zeros((2, noise.latent_dim)), jnp.zeros((2,), jnp.int32)
+      shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), key)
+      kept["average"] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return kept
+
+  whole, places = replicated(mesh), {}
+  if replayed:
+    places["pool"] = pools.sharding(mesh)
+  if averaged:
+    places["average"] = whole
+  return memory, source, places
+
+
+def share_numbers(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """How many of a student's batch are replayed, and how many are drawn by the generator's average."""
+  batch = config.schedule.batch_size
+  replayed = round(config.pool.replay_share * batch)
+  return replayed, round(config.generator.ema_share * (batch - replayed)) if config.generator.ema else 0
+
+
+def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Refuses shares of the student's batch that leave nothing fresh or that devices cannot divide."""
+  if not 0 <= config.generator.ema < 1:
+    raise Refusal(f"config.generator.ema is {config.generator.ema}; it must be at least 0 and less than 1.")
+  for key, share in (
+    ("pool.replay_share", config.pool.replay_share),
+    ("generator.ema_share", config.generator.ema_share),
+  ):
+    if not 0 <= share < 1:
+      raise Refusal(f"config.{key} is {share}; it must be at least 0 and less than 1.")
+  replayed, averaged = share_numbers(config)
+  fresh = config.schedule.batch_size - replayed - averaged
+  for what, count in (
+    ("pool.replay_share", replayed),
+    ("generator.ema_share", averaged),
+    ("schedule.batch_size", fresh),
+  ):
+    if count % mesh.size or (what == "schedule.batch_size" and not count):
+      raise Refusal(
+        f"config.schedule.batch_size is {config.schedule.batch_size}, of which {fresh} are fresh, {averaged} drawn by"
+        f" the generator's average and {replayed} replayed; choose config.{what} so that each is a multiple of"
+        f" {mesh.size}, the number of devices, and some are fresh."
+      )
+  if replayed and config.pool.size < config.schedule.batch_size - replayed:
+    raise Refusal(
+      f"config.pool.size is {config.pool.size}, less than the {config.schedule.batch_size - replayed} new images of one"
+      " student's batch; enlarge it or set config.pool.replay_share to 0."
+    )
 
 
 def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: dict[str, Term]) -> Method:
@@ -47,12 +126,28 @@ def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: d
     x, _ = nets.forward(parts.generator.net, state.generator.variables, z, y, train=False)
     return x, jax.numpy.ones(number, bool)
 
-  move_statistics = parts.config.generator.stats_in_student_steps
-  source = sources.fresh(parts.generator.net, noise, batch_size, move_statistics)
+  memory, source, shardings = student_source(parts)
+  decay = parts.config.generator.ema
+
+  def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
+    return {}, memory(key)
+
+  def keep(state: State) -> State:
+    """The average follows the generator; in the first iteration it is the generator."""
+    if not decay:
+      return state
+    rate = jnp.where(state.step == 0, 0.0, decay)
+    now, old = state.generator.variables, state.memory["average"]
+    average = jax.tree.map(lambda a, b: (rate * a + (1 - rate) * b).astype(a.dtype), old, now)
+    return state.replace(memory={**state.memory, "average": average})
+
   return Method(
     generator_terms,
     student_terms,
     source=source,
+    init=init,
+    keep=keep,
+    shardings=({}, shardings),
     draw=draw,
     samples=samples,
     noise=noise,

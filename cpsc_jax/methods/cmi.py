@@ -1,15 +1,19 @@
 """CMI: Contrastive Model Inversion (Fang et al., IJCAI 2021; arXiv 2105.08584).
 
-A sample's global view (the one that all terms see) and its local view (a zoomed crop) are pulled together and away from
-all others, those of a memory bank included. What is compared is the teacher's spatially averaged stages, mapped by a
-critic that is trained along.
+A sample's global view (the one that all terms see) and its local view (a zoomed crop, perhaps flipped) are pulled
+together and away from all others, those of a memory bank included. What is compared are features of the teacher,
+averaged over space and mapped by a critic that is trained along: the inputs of all its batch norms, or its stages, as
+the published code has it for wide ResNets and for ResNets.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
+import optax
 from jax.lax import stop_gradient
 
 from cpsc_jax import algorithm, losses, nets, streams
@@ -26,6 +30,8 @@ INVERTS = True
 SMALLEST = 0.25  # share of the image's area that a local view shows at least
 RATIO = 4 / 3  # of its sides, at most
 
+Features = Callable[[Output], jax.Array]  # what views are compared by, (N, D)
+
 
 class Critic(nn.Module):
   """(N, D) -> (N, features) of unit length: the two-layer head under which views are compared."""
@@ -41,13 +47,14 @@ class Critic(nn.Module):
 def method(parts: Parts) -> Method:
   c, pool = parts.config.loss.views, parts.config.pool
   critic = Critic(c.width)
-  width = sum(stage.shape[-1] for stage in nets.output_shapes(parts.teacher, parts.image_shape).stages)
+  features = FEATURES[c.features]
+  width = jax.eval_shape(features, nets.observed_shapes(parts.teacher, parts.image_shape)).shape[-1]
 
   def views(v: View) -> jax.Array:
-    return instance_contrast(v, critic, c.negatives, c.temperature)
+    return instance_contrast(v, critic, features, c)
 
-  def features(v: View) -> dict[str, jax.Array]:
-    return {"features": jnp.concatenate(two_views(v), axis=1)}
+  def recorded(v: View) -> dict[str, jax.Array]:
+    return {"features": jnp.concatenate(two_views(v, features, c.flip), axis=1)}
 
   base = inversion.inverting(
     parts,
@@ -58,14 +65,17 @@ def method(parts: Parts) -> Method:
       "views": Term(views, couples_batch=True),
     },
     {"kd": terms.kd(parts.config)},
-    record=features,
+    record=recorded,
     recorded_shapes={"features": (2 * width,)},
   )
+
+  optimiser = optax.adam(c.lr)
 
   def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     trained, memory = base.init(key)
     variables = jax.jit(critic.init)(key, jnp.zeros((2, width)))
-    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, parts.generator)
+    player = dataclasses.replace(parts.generator, optimiser=optimiser)
+    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, player)
     bank = pools.empty(pool.bank // pool.batch_size, pool.batch_size, features=((2 * width,), jnp.float32))
     return trained, {**memory, "bank": bank}
 
@@ -76,7 +86,7 @@ def method(parts: Parts) -> Method:
 
   trained, memory = base.shardings
   shardings = trained, {**memory, "bank": pools.sharding(parts.mesh)}
-  return dataclasses.replace(base, init=init, keep=keep, shardings=shardings)
+  return dataclasses.replace(base, init=init, keep=keep, shardings=shardings, optimisers={"critic": optimiser})
 
 
 def check(config, mesh: jax.sharding.Mesh) -> None:
@@ -84,7 +94,11 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   inversion.check(config, mesh)
   if "views" not in config.loss:
     raise Refusal("method 'cmi' has keys of its own, which this config lacks; start from configs/cmi_cifar10.py.")
-  for key in ("temperature", "negatives", "width"):
+  if config.loss.views.features not in FEATURES:
+    raise Refusal(
+      f"config.loss.views.features is '{config.loss.views.features}'; it must be one of {', '.join(FEATURES)}."
+    )
+  for key in ("temperature", "negatives", "width", "lr"):
     if config.loss.views[key] <= 0:
       raise Refusal(f"config.loss.views.{key} is {config.loss.views[key]}; it must be greater than 0.")
   inversion.check_multiple("config.pool.bank", config.pool.bank, config.pool.batch_size)
@@ -95,37 +109,49 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def two_views(v: View) -> tuple[jax.Array, jax.Array]:
-  """The teacher's averaged stages on the local and on the global views, before the critic: two (N, D)."""
-  local = v.teach(zoom(streams.key(v.key, Stream.LOCAL_VIEWS), v.images))
-  return averaged_stages(local), averaged_stages(v.teacher)
+def two_views(v: View, features: Features, flip: bool) -> tuple[jax.Array, jax.Array]:
+  """The teacher's features of the local and of the global views, before the critic: two (N, D)."""
+  return features(v.teach(zoom(streams.key(v.key, Stream.LOCAL_VIEWS), v.images, flip))), features(v.teacher)
 
 
 def averaged_stages(output: Output) -> jax.Array:
   return jnp.concatenate([losses.spatial_mean(stage) for stage in output.stages], axis=1)
 
 
-def instance_contrast(v: View, critic: nn.Module, negatives: int, temperature: float) -> jax.Array:
-  """Each local view against all global ones, of this batch and of `negatives` from the bank: () (eq. 6)."""
-  local, whole = two_views(v)
+def batch_norm_inputs(output: Output) -> jax.Array:
+  return jnp.concatenate([seen["samples"] for seen in output.statistics.seen.values()], axis=1)
+
+
+FEATURES: dict[str, Features] = {"stages": averaged_stages, "batch_norm": batch_norm_inputs}
+
+
+def instance_contrast(v: View, critic: nn.Module, features: Features, c: ml_collections.ConfigDict) -> jax.Array:
+  """Each local view against all global ones, of this batch and of c.negatives from the bank: () (eq. 6)."""
+  local, whole = two_views(v, features, c.flip)
   number = local.shape[0]
   key = streams.key(v.key, Stream.NEGATIVES)
-  drawn, present = pools.draw_without_replacement(v.memory["bank"], key, negatives)
+  drawn, present = pools.draw_without_replacement(v.memory["bank"], key, c.negatives)
   banked_local, banked_whole = jnp.split(drawn["features"], 2, axis=1)
   variables = {"params": v.trained["critic"]}
   ours = critic.apply(variables, jnp.concatenate([local, banked_local]))
   others = stop_gradient(critic.apply(variables, jnp.concatenate([whole, banked_whole])))
   present = jnp.concatenate([jnp.ones(number, bool), present])
-  log_p = jax.nn.log_softmax(jnp.where(present, ours @ others.T / temperature, -jnp.inf), axis=1)
+  log_p = jax.nn.log_softmax(jnp.where(present, ours @ others.T / c.temperature, -jnp.inf), axis=1)
   loss = -jnp.diagonal(log_p)
   banked = jnp.where(present[number:], loss[number:], 0.0)
   return jnp.mean(loss[:number]) + jnp.sum(banked) / jnp.maximum(jnp.sum(present[number:]), 1)
 
 
-def zoom(key: jax.Array, images_NHWK: jax.Array) -> jax.Array:
-  """A random part of each image, between SMALLEST and all of its area, enlarged to its size; bilinear."""
+def zoom(key: jax.Array, images_NHWK: jax.Array, flip: bool = False) -> jax.Array:
+  """A random part of each image, between SMALLEST and all of its area, enlarged to its size; bilinear.
+
+  With `flip` half of them are mirrored.
+  """
   n, height, width, channels = images_NHWK.shape
-  key_area, key_ratio, key_place = jax.random.split(key, 3)
+  key_area, key_ratio, key_place, key_flip = jax.random.split(key, 4)
+  if flip:
+    mirrored = jax.random.bernoulli(key_flip, shape=(n, 1, 1, 1))
+    images_NHWK = jnp.where(mirrored, images_NHWK[:, :, ::-1], images_NHWK)
   area = jax.random.uniform(key_area, (n,), minval=SMALLEST, maxval=1.0)
   ratio = jnp.exp(jax.random.uniform(key_ratio, (n,), minval=-jnp.log(RATIO), maxval=jnp.log(RATIO)))
   shares = jnp.minimum(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1), 1.0)

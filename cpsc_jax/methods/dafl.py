@@ -12,8 +12,8 @@ from cpsc_jax.state import View
 def method(parts: Parts) -> Method:
   generator_terms = {
     "one_hot": Term(one_hot),
-    "activation": Term(lambda v: losses.activation(v.teacher.pooled)),
-    "balance": Term(lambda v: losses.balance(v.teacher.logits), couples_batch=True),
+    "activation": terms.ACTIVATION,
+    "balance": terms.BALANCE,
   }
   return alternating(parts, generator_terms, {"kd": terms.kd(parts.config)})
 

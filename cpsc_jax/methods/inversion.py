@@ -43,7 +43,7 @@ def inverting(
     best = {name: jnp.zeros((number, *each)) for name, each in shapes.items()}
     slots = config.pool.size // number
     memory = {
-      "pool": pools.empty(slots, number, images=(shape, jnp.float32), labels=((), jnp.int32)),
+      "pool": pools.empty(slots, number, images=(shape, jnp.dtype(config.pool.dtype)), labels=((), jnp.int32)),
       "best": {**best, "loss": jnp.zeros(())},
       "labels": jnp.zeros((number,), jnp.int32),
     }
@@ -54,16 +54,7 @@ def inverting(
     z, y = noise.draw(key, number)
     variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
     fresh = algorithm.train_state(variables, generator).replace(loss_scale=state.generator.loss_scale)
-    x, _ = sources.sample_images(generator.net, fresh.variables, z, y)
-    latents = TrainState(z, {}, generator.optimiser.init(z))
-    best = {**state.memory["best"], "loss": jnp.array(jnp.inf), "images": x}
-    new = {
-      "generator": fresh,
-      "trained": {**state.trained, LATENTS: latents},
-      "memory": {**state.memory, "best": best, "labels": y},
-    }
-    old = {name: getattr(state, name) for name in new}
-    return state.replace(**jax.tree.map(lambda a, b: a.astype(b.dtype), new, old))
+    return started(parts, state, fresh, TrainState(z, {}, generator.optimiser.init(z)), y)
 
   def draw(state: State, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     return state.trained[LATENTS].params, state.memory["labels"]
@@ -80,7 +71,8 @@ def inverting(
 
   def keep(state: State) -> State:
     memory = state.memory
-    pool = pools.add(memory["pool"], images=memory["best"]["images"], labels=memory["labels"])
+    images = sources.stored(memory["best"]["images"], config.pool.dtype, parts.mean, parts.std)
+    pool = pools.add(memory["pool"], images=images, labels=memory["labels"])
     return state.replace(memory={**memory, "pool": pool})
 
   def samples(state: State, key: jax.Array, label: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +81,7 @@ def inverting(
     order = jnp.where(ours, jax.random.uniform(key, ours.shape), -1.0).reshape(-1)
     value, place = jax.lax.top_k(order, min(count, order.size))
     x, exists = pool.arrays["images"][jnp.unravel_index(place, ours.shape)], value >= 0
+    x = sources.restored(x, parts.mean, parts.std)
     return jnp.where(exists[:, None, None, None], x, 0.0), exists
 
   whole, batch = replicated(mesh), batch_sharding(mesh)
@@ -109,14 +102,29 @@ def inverting(
     noise=noise,
     batch_size=number,
     shardings=shardings,
+    keeps_generator=False,
+    fidelity="pool_fidelity",
   )
+
+
+def started(parts: Parts, state: State, generator: TrainState, latents: TrainState, labels: jax.Array) -> State:
+  """A state in which `generator` and `latents` are to be optimised; the best batch so far is their first."""
+  x, _ = sources.sample_images(parts.generator.net, generator.variables, latents.params, labels)
+  best = {**state.memory["best"], "loss": jnp.array(jnp.inf), "images": x}
+  new = {
+    "generator": generator,
+    "trained": {**state.trained, LATENTS: latents},
+    "memory": {**state.memory, "best": best, "labels": labels},
+  }
+  old = {name: getattr(state, name) for name in new}
+  return state.replace(**jax.tree.map(lambda a, b: a.astype(b.dtype), new, old))
 
 
 def student_source(parts: Parts) -> sources.Source:
   """The pool, mixed with config.pool.fresh_share of fresh samples of the current generator."""
   config, mesh = parts.config, parts.mesh
-  number = fresh_number(config)
-  pooled = sources.pooled(config.schedule.batch_size - number, mesh)
+  number, views = fresh_number(config), config.pool.views
+  pooled = sources.pooled((config.schedule.batch_size - number) // views, mesh, views, parts.mean, parts.std)
   if not number:
     return pooled
   return sources.mixture([sources.fresh(parts.generator.net, parts.noise, number), pooled], mesh)
@@ -139,6 +147,17 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   if fresh_number(config):
     for count in (fresh_number(config), config.schedule.batch_size - fresh_number(config)):
       check_divisible(mesh, "a part of config.schedule.batch_size under config.pool.fresh_share", count)
+  if (config.schedule.batch_size - fresh_number(config)) % (config.pool.views * mesh.size):
+    raise Refusal(
+      f"config.pool.views is {config.pool.views}, which does not divide the"
+      f" {config.schedule.batch_size - fresh_number(config)} images of a student's batch that come from the pool"
+      + (f", over {mesh.size} devices." if mesh.size > 1 else ".")
+    )
+  if config.pool.views > 1 and not (config.student.crop_pad or config.student.flip):
+    raise Refusal(
+      f"config.pool.views is {config.pool.views}, but all views of an image are the same without crops and flips; set"
+      " config.student.crop_pad or config.student.flip, or config.pool.views to 1."
+    )
   if config.generator.micro_batches != 1:
     raise Refusal("config.generator.micro_batches must be 1 for methods that optimise their latents.")
 

@@ -19,7 +19,13 @@ check = inversion.check
 
 def method(parts: Parts) -> Method:
   channel = Term(lambda v: losses.channel_distillation(v.teacher.stages, v.student.projected))
-  generator_terms = {"bn": terms.BN, "ce": terms.CE, "adversarial": terms.divergence(losses.kl_where_agreed)}
+  generator_terms = {
+    "bn": terms.BN,
+    "ce": terms.CE,
+    "adversarial": terms.divergence(losses.kl_where_agreed),
+    "activation": terms.ACTIVATION,
+    "balance": terms.BALANCE,
+  }
   return inversion.inverting(parts, generator_terms, {"kd": terms.kd(parts.config), "channel": channel})
 
 
@@ -32,12 +38,14 @@ def triplet_terms(config: ml_collections.ConfigDict) -> tuple[dict[str, Term], d
   c = config.loss.triplet
 
   def synthesis(v: View) -> jax.Array:
-    of, key = v.teacher, streams.key(v.key, Stream.SYNTHESIS_TRIPLETS)
-    return losses.triplets(of.stages, of.logits, predicted(v), key, c.margin, focal=c.focal, swapped=c.swapped)
+    of = v.student if c.synthesis_of == "student" else v.teacher
+    stages, key = of.stages[c.synthesis_from :], streams.key(v.key, Stream.SYNTHESIS_TRIPLETS)
+    return losses.triplets(stages, of.logits, predicted(v), key, c.margin, focal=c.focal, swapped=c.swapped)
 
   def learning(v: View) -> jax.Array:
     of, key = v.student, streams.key(v.key, Stream.STUDENT_TRIPLETS)
-    return losses.triplets(of.stages, of.logits, predicted(v), key, c.margin)
+    features = (of.pooled[:, None],) if c.student_features == "pooled" else of.stages
+    return losses.triplets(features, of.logits, predicted(v), key, c.margin)
 
   return {"triplet": Term(synthesis, couples_batch=True)}, {"triplet": Term(learning, couples_batch=True)}
 

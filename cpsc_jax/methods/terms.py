@@ -14,10 +14,20 @@ from cpsc_jax.state import View
 def kd(config: ml_collections.ConfigDict) -> Term:
   """The student's divergence from the teacher, at config.loss.kd_temperature."""
 
+  share = class_share(config)
+
   def value(v: View) -> jax.Array:
-    return losses.kl(stop_gradient(v.teacher.logits), v.student.logits, config.loss.kd_temperature)
+    t, s = stop_gradient(v.teacher.logits), v.student.logits
+    if config.loss.kd_standardise:
+      t, s = losses.standardised(t), losses.standardised(s)
+    return share(t) * losses.kl(t, s, config.loss.kd_temperature)
 
   return Term(value)
+
+
+def class_share(config: ml_collections.ConfigDict) -> Callable[[jax.Array], float]:
+  """logits (N, C) -> what a KL divergence is multiplied by: 1, or 1 / C where config.loss.kl_classes averages."""
+  return lambda logits: 1 / logits.shape[-1] if config.loss.kl_classes == "mean" else 1.0
 
 
 def label_cross_entropy(label_smoothing: float = 0.0, double_softmax: bool = False) -> Term:
@@ -45,3 +55,5 @@ def teacher_cross_entropy(v: View) -> jax.Array:
 
 BN = Term(batch_norm, couples_batch=True)
 CE = Term(teacher_cross_entropy)
+ACTIVATION = Term(lambda v: losses.activation(v.teacher.pooled))
+BALANCE = Term(lambda v: losses.balance(v.teacher.logits), couples_batch=True)

@@ -1,7 +1,9 @@
 """The networks by name, and how they are called."""
 
 import difflib
+import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +17,21 @@ from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
 from cpsc_jax.nets.adapted import Adapted, adapt
-from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator, Pixels
-from cpsc_jax.nets.layers import HEAD, Dtype, FeatureHead, StageProjections, observe_batch_norm, outputs
+from cpsc_jax.nets.generators import PLAIN, CifarGenerator, DCGANGenerator, Form, Pixels
+from cpsc_jax.nets.layers import (
+  HEAD,
+  Dtype,
+  FeatureHead,
+  StageProjections,
+  observe_batch_norm,
+  outputs,
+  torch_uniform,
+)
 from cpsc_jax.nets.mobilenet import MobileNetV2
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
 from cpsc_jax.state import Output, Statistics, Tree
+from cpsc_jax.streams import Stream
 
 # name -> (num_classes, dtype=None) -> a module whose apply(variables, x (N, H, W, K), train=...) gives an `Output`.
 # Scripts may add rows of their own.
@@ -73,7 +84,13 @@ def classifier(name: str, num_classes: int, dtype: Dtype = None) -> nn.Module:
 
 
 def generator(
-  name: str, num_classes: int, image_size: int, channels: int, width: int, dtype: Dtype = None
+  name: str,
+  num_classes: int,
+  image_size: int,
+  channels: int,
+  width: int,
+  dtype: Dtype = None,
+  form: Form = PLAIN,
 ) -> nn.Module:
   """The generator called `name` for square images.
 
@@ -89,7 +106,7 @@ def generator(
       f"generator '{name}' needs an image size divisible by {kind.divisor}, not {image_size}"
       + (f"; '{fitting[0]}' fits." if fitting else ".")
     )
-  return kind(num_classes, image_size, channels, width, dtype)
+  return kind(num_classes, image_size, channels, width, dtype, form)
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
@@ -124,13 +141,76 @@ def forward_observed(net: nn.Module, variables: Tree, x: jax.Array) -> Output:
   return output.replace(statistics=Statistics(seen, {path: _at(variables["batch_stats"], path) for path in seen}))
 
 
-def init(net: nn.Module, key: jax.Array, *inputs: jax.Array) -> dict[str, Tree]:
-  """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly."""
+def init(net: nn.Module, key: jax.Array, *inputs: jax.Array, kernels: str = "kaiming") -> dict[str, Tree]:
+  """Fresh variables {"params", "batch_stats"}; one compiled program, so that large nets start quickly.
+
+  What a feature head or stage projections are put around starts as it would by itself. With `kernels` "torch" all
+  convolutions start from PyTorch's default, U(-1, 1) / sqrt(fan in), in place of what the net has for them.
+  """
+  if isinstance(net, FeatureHead | StageProjections):
+    inner, outer = (
+      init(net.net, key, *inputs, kernels=kernels),
+      _fresh(net, streams.key(key, Stream.HEAD_INIT), *inputs),
+    )
+    return {name: {**outer[name], **({"net": inner[name]} if inner[name] else {})} for name in outer}
+  variables = _fresh(net, key, *inputs)
+  if kernels == "torch":
+    variables["params"] = _torch_kernels(variables["params"], streams.key(key, Stream.KERNELS_INIT))
+  return variables
+
+
+def _fresh(net, key, *inputs):
   # By itself it runs once, and on CPUs most of its time would go into LLVM's optimisation.
   once = jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (key, *inputs))
   options = {"xla_backend_optimization_level": 0} if once else None
   variables = jax.jit(partial(net.init, train=True), compiler_options=options)(_init_rngs(key), *inputs)
   return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+
+
+def inherited(variables: Tree, teacher: Tree) -> tuple[Tree, int]:
+  """(variables with every layer of the teacher's that has the same path and shapes, how many parameters these have).
+
+  A layer is what has parameters of its own; it is taken with its batch statistics or not at all. What a feature head or
+  stage projections are put around counts under its own names.
+  """
+  if "net" in variables["params"]:
+    inner, count = inherited({name: tree["net"] for name, tree in variables.items() if "net" in tree}, teacher)
+    return {
+      name: {**tree, **({"net": inner[name]} if name in inner else {})} for name, tree in variables.items()
+    }, count
+  taken = 0
+
+  def shapes(layer: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), layer)
+
+  def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    nonlocal taken
+    params, stats = ours["params"], ours.get("batch_stats", {})
+    if any(not isinstance(leaf, dict) for leaf in params.values()):
+      if shapes(ours) != shapes(theirs):
+        return ours
+      taken += count_parameters(params)
+      return theirs
+    merged = {"params": {}, "batch_stats": {}}
+    for name in params:
+      part = {k: tree[name] for k, tree in ours.items() if name in tree}
+      other = {k: tree[name] for k, tree in theirs.items() if name in tree}
+      for k, tree in (merge(part, other) if "params" in other else part).items():
+        merged[k][name] = tree
+    return {k: tree for k, tree in merged.items() if k == "params" or stats}
+
+  merged = merge(variables, teacher)
+  return {name: merged.get(name, tree) for name, tree in variables.items()}, taken
+
+
+def _torch_kernels(params, key):
+  def redraw(path, leaf):
+    if leaf.ndim != 4:
+      return leaf
+    own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return torch_uniform(math.prod(leaf.shape[:3]))(own, leaf.shape, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(redraw, params)
 
 
 def output_shapes(net: nn.Module, image_shape: tuple[int, ...]) -> Output:
@@ -144,13 +224,18 @@ def feature_width(net: nn.Module, image_shape: tuple[int, ...]) -> int:
   return output_shapes(net, image_shape).features.shape[-1]
 
 
+def observed_shapes(net: nn.Module, image_shape: tuple[int, ...]) -> Output:
+  """What `forward_observed` gives for two images (H, W, K), as shapes; nothing is computed."""
+
+  def observed(rngs, x):
+    return forward_observed(net, net.init(rngs, x, train=False), x)
+
+  return jax.eval_shape(observed, *_abstract_inputs(image_shape))
+
+
 def has_statistics(net: nn.Module, image_shape: tuple[int, ...]) -> bool:
   """Whether `forward_observed` gives statistics for images (H, W, K); nothing is computed."""
-
-  def statistics(rngs, x):
-    return forward_observed(net, net.init(rngs, x, train=False), x).statistics
-
-  return jax.eval_shape(statistics, *_abstract_inputs(image_shape)) is not None
+  return observed_shapes(net, image_shape).statistics is not None
 
 
 def count_parameters(params: Tree) -> int:
@@ -201,6 +286,7 @@ __all__ = [
   "GENERATORS",
   "NETS",
   "FeatureHead",
+  "Form",
   "StageProjections",
   "adapt",
   "classifier",
@@ -211,8 +297,10 @@ __all__ = [
   "forward_observed",
   "generator",
   "has_statistics",
+  "inherited",
   "init",
   "is_head",
+  "observed_shapes",
   "output_shapes",
   "outputs",
   "suggestion",

@@ -3,6 +3,8 @@
 With one class they are unconditional. `Pixels` is for methods that optimise images directly.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,68 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cpsc_jax.nets.convolution import SAVED
 from cpsc_jax.nets.layers import CategoricalBatchNorm, Dtype, conv, linear, torch_uniform, upsample
+from cpsc_jax.state import Tree
 
 SLOPE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What the generators of different papers have in common but for this.
+
+  Attributes:
+    output: "tanh" ends as the published code of CPSC-DFKD; "sigmoid" makes pixels in [0, 1], which are then normalised
+      by `mean` and `std`, as in CMI, FastDFKD and RGAL.
+    epsilon: of all batch norms; 0: the net's own.
+    init: "torch" has PyTorch's defaults; "normal" draws kernels from N(0, 0.02) and scales from N(1, 0.02), as those
+      methods do when they start a generator anew. `dcgan` has kernels from N(0, 0.02) in any case.
+    mean, std: of the teacher's input, per channel, of pixels in [0, 1].
+  """
+
+  output: str = "tanh"
+  epsilon: float = 0.0
+  init: str = "torch"
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
+
+  def norm(self, num_classes: int, own: float, name: str, affine: bool = True) -> CategoricalBatchNorm:
+    """A categorical batch norm whose epsilon is `own` unless the form has another."""
+    scale = _normal(1.0) if self.init == "normal" else nn.initializers.ones
+    epsilon = self.epsilon or own
+    return CategoricalBatchNorm(num_classes=num_classes, epsilon=epsilon, affine=affine, scale_init=scale, name=name)
+
+  def pixels(self, x: jax.Array) -> jax.Array:
+    """What a sigmoid makes of the last layer's output, normalised, in at least float32."""
+    x = nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
+
+
+PLAIN = Form()  # as in the published code of CPSC-DFKD
+
+
+def _normal(mean: float = 0.0) -> nn.initializers.Initializer:
+  def init(key, shape, dtype=jnp.float32, **_):
+    return mean + 0.02 * jax.random.normal(key, shape, dtype)
+
+  return init
+
+
+def redrawn(params: Tree, key: jax.Array) -> Tree:
+  """A generator's parameters with its linear layer and its first norm drawn anew, kernel and scale from N(0, 0.02).
+
+  FastDFKD's published code does so once; the scale's mean of 0, not 1, is its own.
+  """
+  key_kernel, key_scale = jax.random.split(key)
+
+  def normal(key: jax.Array, leaf: jax.Array) -> jax.Array:
+    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+  project, norm = params["project"], params["cbn0"]
+  new = {
+    "project": {"kernel": normal(key_kernel, project["kernel"]), "bias": jnp.zeros_like(project["bias"])},
+    "cbn0": {"scale": normal(key_scale, norm["scale"]), "bias": jnp.zeros_like(norm["bias"])},
+  }
+  return {**params, **new}
 
 
 class CifarGenerator(nn.Module):
@@ -19,7 +81,8 @@ class CifarGenerator(nn.Module):
 
   Generator "D" of the published CPSC-DFKD code: two nearest-neighbour upsamplings with 3x3 convolutions. The last
   categorical batch norm follows the tanh, so the output is not bounded by 1. With one class it has no scale and bias,
-  as in DFAD's generator: an adversarial loss would increase the contrast without bound.
+  as in DFAD's generator: an adversarial loss would increase the contrast without bound. A `form` that ends in a sigmoid
+  has no norm there.
   """
 
   num_classes: int
@@ -27,20 +90,32 @@ class CifarGenerator(nn.Module):
   channels: int = 3
   width: int = 64
   dtype: Dtype = None
+  form: Form = PLAIN
 
   divisor = 4
 
   @nn.compact
   def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
     def cbn(x, name, affine=True):
-      return CategoricalBatchNorm(num_classes=self.num_classes, affine=affine, name=name)(x, labels, train)
+      return self.form.norm(self.num_classes, 1e-3, name, affine)(x, labels, train)
+
+    def conv3x3(features, fan_in, name):
+      init = torch_uniform(9 * fan_in)
+      kernel, bias = (_normal(), nn.initializers.zeros) if self.form.init == "normal" else (init, init)
+      return conv(features, use_bias=True, dtype=self.dtype, init=kernel, bias_init=bias, name=name)
 
     side, wide, narrow = self.image_size // 4, 2 * self.width, self.width
-    x = linear(wide * side * side, z.shape[-1], dtype=self.dtype, name="project")(z)
-    x = cbn(x.reshape(-1, side, side, wide), "cbn0")
-    x = nn.leaky_relu(cbn(_conv(wide, wide, self.dtype, "conv1")(upsample(x)), "cbn1"), SLOPE)
-    x = nn.leaky_relu(cbn(_conv(narrow, wide, self.dtype, "conv2")(upsample(x)), "cbn2"), SLOPE)
-    x = nn.tanh(_conv(self.channels, narrow, self.dtype, "conv3")(x))
+    if self.form.init == "normal":
+      project = nn.Dense(wide * side * side, dtype=self.dtype, kernel_init=_normal(), name="project")
+    else:
+      project = linear(wide * side * side, z.shape[-1], dtype=self.dtype, name="project")
+    x = cbn(project(z).reshape(-1, side, side, wide), "cbn0")
+    x = nn.leaky_relu(cbn(conv3x3(wide, wide, "conv1")(upsample(x)), "cbn1"), SLOPE)
+    x = nn.leaky_relu(cbn(conv3x3(narrow, wide, "conv2")(upsample(x)), "cbn2"), SLOPE)
+    x = conv3x3(self.channels, narrow, "conv3")(x)
+    if self.form.output == "sigmoid":
+      return self.form.pixels(x)
+    x = nn.tanh(x)
     return cbn(x.astype(jnp.promote_types(x.dtype, jnp.float32)), "cbn3", affine=self.num_classes > 1)
 
 
@@ -56,6 +131,7 @@ class DCGANGenerator(nn.Module):
   channels: int = 3
   width: int = 64
   dtype: Dtype = None
+  form: Form = PLAIN
 
   divisor = 16
 
@@ -64,7 +140,7 @@ class DCGANGenerator(nn.Module):
     normal = nn.initializers.normal(0.02)
 
     def cbn(x, eps, name):
-      return CategoricalBatchNorm(num_classes=self.num_classes, epsilon=eps, name=name)(x, labels, train)
+      return self.form.norm(self.num_classes, eps, name)(x, labels, train)
 
     side, wide = self.image_size // 16, 8 * self.width
     x = nn.Dense(wide * side * side, dtype=self.dtype, kernel_init=normal, name="project")(z)
@@ -83,6 +159,8 @@ class DCGANGenerator(nn.Module):
       )(x)
       x = nn.leaky_relu(cbn(checkpoint_name(x, SAVED), 0.8, f"cbn{index}"), SLOPE)
     x = conv(self.channels, use_bias=True, dtype=self.dtype, init=normal, name="conv5")(x)
+    if self.form.output == "sigmoid":
+      return self.form.pixels(x)
     return nn.tanh(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
@@ -97,6 +175,7 @@ class Pixels(nn.Module):
   channels: int = 3
   width: int = 64
   dtype: Dtype = None
+  form: Form = PLAIN
 
   divisor = 1
 
@@ -107,8 +186,3 @@ class Pixels(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
     return z.reshape(-1, self.image_size, self.image_size, self.channels)
-
-
-def _conv(features, fan_in, dtype, name):
-  init = torch_uniform(9 * fan_in)
-  return conv(features, use_bias=True, dtype=dtype, init=init, bias_init=init, name=name)

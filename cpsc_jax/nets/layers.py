@@ -114,6 +114,7 @@ class CategoricalBatchNorm(_Normalise):
   epsilon: float = 1e-3
   dtype: Dtype = None
   affine: bool = True
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
 
   @nn.compact
   def __call__(self, x: jax.Array, labels_N: jax.Array, train: bool) -> jax.Array:
@@ -122,7 +123,7 @@ class CategoricalBatchNorm(_Normalise):
     if not self.affine:
       return self.normalise(x, train).astype(self.dtype or x.dtype)
     labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
-    scale = self.param("scale", nn.initializers.ones, table)[labels_N].reshape(spread)
+    scale = self.param("scale", self.scale_init, table)[labels_N].reshape(spread)
     bias = self.param("bias", nn.initializers.zeros, table)[labels_N].reshape(spread)
     return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
 
@@ -206,15 +207,17 @@ def max_pool(x: jax.Array) -> jax.Array:
 def observe_batch_norm(call: Callable[[], Any]) -> tuple[Any, dict[tuple[str, ...], dict[str, jax.Array]]]:
   """Runs `call` and returns (its result, what every batch norm layer in it saw).
 
-  The second is {module path: {"mean": (K,), "var": (K,)}} of the layer's input, variance biased, in the order of the
-  calls. It reads Flax's own `nn.BatchNorm` as well as this package's, so that teachers from elsewhere are seen too.
+  The second is {module path: {"mean": (K,), "var": (K,), "samples": (N, K)}} of the layer's input, in the order of the
+  calls: mean and biased variance over batch and space, and each sample's mean over space. It reads Flax's own
+  `nn.BatchNorm` as well as this package's, so that teachers from elsewhere are seen too.
   """
   seen = {}
 
   def watch(next_call, args, kwargs, context):
     if isinstance(context.module, BatchNorm | nn.BatchNorm) and context.method_name == "__call__":
-      mean, var = moments(args[0])
-      seen[context.module.path] = {"mean": mean, "var": var}
+      x = args[0]
+      mean, var = moments(x)
+      seen[context.module.path] = {"mean": mean, "var": var, "samples": jnp.mean(x, tuple(range(1, x.ndim - 1)))}
     return next_call(*args, **kwargs)
 
   with nn.intercept_methods(watch):
