@@ -38,7 +38,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   )
   trained_head = has_head and config.student.head == "trained"
   parts = methods.Parts(config, noise, generator, teacher, spec.image_shape, mesh, trained_head)
-  method = methods.method(dataclasses.replace(parts, mean=tuple(card["mean"]), std=tuple(card["std"])))
+  method = methods.method(dataclasses.replace(parts, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ()))))
   if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
@@ -94,7 +94,7 @@ def build_teacher(config: Config, card: dict) -> Any:
 def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
   c = config.generator
   classes = spec.num_classes if c.conditional else 1
-  form = nets.Form(c.output, c.epsilon, c.init, tuple(card["mean"]), tuple(card["std"]))
+  form = nets.Form(c.output, c.epsilon, c.init, tuple(card.get("mean", ())), tuple(card.get("std", ())))
   net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, compute_dtype(config), form)
   iterations = config.schedule.iterations
   every = (c.steps, 1) if inverts(config) else (iterations * c.steps, None)

@@ -112,7 +112,7 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
     classes = classes if card.get("conditional", True) else 1  # older cards lack this key
     form = {key: card[key] for key in ("output", "epsilon", "init") if key in card}
-    form = nets.Form(**form, mean=tuple(card["mean"]), std=tuple(card["std"]))
+    form = nets.Form(**form, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ())))
     return nets.generator(card["net"], classes, size, channels, card["width"], form=form), (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
 

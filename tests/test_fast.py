@@ -55,7 +55,7 @@ def blend(momentum, new, old):
   }
 
 
-@pytest.mark.parametrize("form", ["maml", "reptile"])
+@pytest.mark.parametrize("form", ["maml", pytest.param("reptile", marks=pytest.mark.slow)])
 def test_episodes_equal_pytorch(form):
   """The generator, its copy, the latents and the statistics, over episodes that share the outer Adam."""
   with jax.enable_x64(True):
