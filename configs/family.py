@@ -37,7 +37,7 @@ def plain_generator(c, latent_dim=256, init="torch"):
 
 
 def benchmark_student(c, steps, crop_pad, flip):
-  """How CMI's benchmark trains every student: SGD, a tenth of the rate at epochs 120, 150 and 180."""
+  """How CMI's benchmark trains every student: SGD, a tenth of the rate after 120, 150 and 180 epochs."""
   c.student.update({"steps": steps, "crop_pad": crop_pad, "flip": flip})
   c.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "warmup_epochs": 0})
-  c.student.update({"schedule": "steps", "milestones": (120, 150, 180), "decay": 0.1})
+  c.student.update({"schedule": "steps", "milestones": (121, 151, 181), "decay": 0.1})

@@ -14,7 +14,7 @@ BENCHMARK_STUDENT = {
   "student.momentum": 0.9,
   "student.weight_decay": 1e-4,
   "student.schedule": "steps",
-  "student.milestones": (120, 150, 180),
+  "student.milestones": (121, 151, 181),  # the published ones, 120, 150 and 180, count epochs that are over
   "student.decay": 0.1,
   "student.warmup_epochs": 0,
   "teacher.net": "wrn_40_2",
