@@ -18,7 +18,7 @@ def get_config(variant=""):
   if variant not in STEPS:
     c = family.build("fast", variant, published, on_digits)
     if variant.endswith("smoke"):
-      c.loss.meta.warmup_episodes = 2
+      c.loss.meta.warmup_episodes = 0
     return c
   c = family.build("fast", "", published, on_digits)
   with c.unlocked():
