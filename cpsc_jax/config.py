@@ -98,6 +98,8 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   resnet = config.student.net.startswith("resnet")
   config.student.update({"init": "torch" if resnet else "kaiming", "clip": 0.0, "lr_end": 0.0})
   config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "published_steps"})
+  config.student.inherit, config.pool.replay_share, config.generator.ema = False, 0.0, 0.0
+  config.loss.update({"kl_classes": "sum", "kd_standardise": False})
   config.teacher.schedule = "cosine_per_epoch"
   config.evaluate.headline = "best"
 

@@ -162,6 +162,19 @@ PUBLISHED = {
   "student.flip": False,
   "teacher.schedule": "cosine_per_epoch",
   "evaluate.headline": "best",
+  # options of other methods, all off
+  "student.clip": 0.0,
+  "student.inherit": False,
+  "student.lr_end": 0.0,
+  "generator.clip": 0.0,
+  "generator.ema": 0.0,
+  "generator.epsilon": 0.0,
+  "generator.output": "tanh",
+  "generator.init": "torch",
+  "generator.labels": "uniform",
+  "pool.replay_share": 0.0,
+  "loss.kd_standardise": False,
+  "loss.kl_classes": "sum",
 }
 # The options under which the published code's behaviour is not that of the paper, and what they are otherwise.
 OUR_DEFAULTS = {
@@ -192,7 +205,9 @@ def test_reference_sets_every_published_option():
   others = {key: other_than(value) for key, value in PUBLISHED.items() if not isinstance(value, str)}
   others["student.flip"] = others["generator.flip"] = True
   weights = {key: 0.25 for key in keys_of(config) if key.startswith(("loss.generator.", "loss.student."))}
-  config.update_from_flattened_dict(others | weights | {"loss.ikd_form": "log", "student.optimiser": "adamw"})
+  words = {"loss.ikd_form": "log", "student.optimiser": "adamw", "loss.kl_classes": "mean"}
+  words |= {"generator.output": "sigmoid", "generator.init": "normal", "generator.labels": "balanced"}
+  config.update_from_flattened_dict(others | weights | words)
   before = config.to_json()
   resolved = dict(configs.flatten(resolve(config)))
   assert {key: resolved[key] for key in PUBLISHED} == PUBLISHED
