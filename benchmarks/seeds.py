@@ -23,6 +23,7 @@ from cpsc_jax.config import CHOICES
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import config_path
 from cpsc_jax.record import write_whole
+from cpsc_jax.report import fidelity_name
 
 MARKS = "<!-- seeds -->", "<!-- /seeds -->"
 Found = dict[str, dict[int, dict]]
@@ -55,8 +56,10 @@ def table(found: Found) -> str:
   for arm, of_arm in found.items():
     cells = [_cell(of_arm[seed]) if seed in of_arm else "not measured" for seed in seeds]
     last = [r["student"]["last"]["accuracy"] for r in of_arm.values()]
-    fidelity = [r["generator"]["label_fidelity"] for r in of_arm.values() if r["generator"]]
+    generators = [r["generator"] for r in of_arm.values() if r["generator"]]
+    fidelity = [generator[fidelity_name(generator)] for generator in generators]
     known = f"{min(fidelity):.3f} to {max(fidelity):.3f}" if fidelity and None not in fidelity else ""
+    known += " (pool)" if known and fidelity_name(generators[0]) == "pool_fidelity" else ""
     seconds = f"{statistics.median(r['seconds'] for r in of_arm.values()):.0f}" if of_arm else ""
     net = f", {next(iter(of_arm.values()))['student']['net']}" if of_arm else ""
     lines.append(_row(f"`{arm}`{net}", cells, last, known, seconds))

@@ -137,3 +137,13 @@ def test_a_table_over_seeds(tmp_path):
     seeds.write(tmp_path, found, page)
   assert seeds.seeds_of("10-12") == [10, 11, 12] and seeds.seeds_of("3,5") == [3, 5]
   assert seeds.main(["--arms=nobody"]) == 2 and seeds.main(["--seeds=a-b"]) == 2
+
+
+@pytest.mark.slow
+def test_speed_measures_two_sides_that_compute_the_same():
+  speed = pytest.importorskip("benchmarks.speed")
+  row = speed.measure("wrn_10_1", "wrn_10_1", batch=8, rounds=1)
+  assert row["pair"] == "wrn_10_1 -> wrn_10_1" and row["ratio"] > 0
+  assert all(row[player][key] > 0 for player in ("generator", "student") for key in ("ms", "torch_ms", "ratio"))
+  with pytest.raises(ValueError, match="no PyTorch version of 'vgg11' here"):
+    speed.twin("vgg11")
