@@ -48,6 +48,20 @@ def twin(name: str) -> torch.nn.Module:
   return zoo.ResNet(counts[name], 10)
 
 
+def kl(t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+  """KL(teacher || student) of logits (N, C), averaged over the batch."""
+  log_t, log_s = t.log_softmax(1), s.log_softmax(1)
+  return (log_t.exp() * (log_t - log_s)).sum(1).mean()
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+  """One step of PyTorch's optimiser; returns the loss before it."""
+  optimiser.zero_grad()
+  loss.backward()
+  optimiser.step()
+  return loss.item()
+
+
 class Torch:
   """Both steps in PyTorch, eager and channels last, on weights that `ours` converts."""
 
@@ -75,23 +89,19 @@ class Torch:
       for m, v in self.seen
     )
     s, fs = self.student(x)
-    log_t, log_s = t.log_softmax(1), s.log_softmax(1)
     rows, twice = torch.cat([fs, ft]), torch.cat([y, y])
     eye = torch.eye(len(rows), dtype=torch.bool)
     log_p = (rows @ rows.T / 0.07).masked_fill(eye, float("-inf")).log_softmax(1)
     positive = (twice[:, None] == twice[None]) & ~eye
     scl = -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
-    kl = (log_t.exp() * (log_t - log_s)).sum(1).mean()
     ikd = F.mse_loss(s, t.detach())
-    return -w["adversarial"] * kl - w["ikd"] * ikd + w["bn"] * bn + w["scl"] * scl + w["ce"] * F.cross_entropy(t, y)
+    return (
+      -w["adversarial"] * kl(t, s) - w["ikd"] * ikd + w["bn"] * bn + w["scl"] * scl + w["ce"] * F.cross_entropy(t, y)
+    )
 
   def generator_step(self, z: torch.Tensor, y: torch.Tensor) -> float:
     self.student.eval().requires_grad_(False)
-    loss = self.generator_loss(z, y)
-    self.adam.zero_grad()
-    loss.backward()
-    self.adam.step()
-    return loss.item()
+    return descend(self.adam, self.generator_loss(z, y))
 
   def student_loss(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     w = self.weights["student"]
@@ -100,17 +110,11 @@ class Torch:
       x = self.generator(z, y)
       t, _ = self.teacher(x)
     s, _ = self.student(x)
-    log_t, log_s = t.log_softmax(1), s.log_softmax(1)
-    kl = (log_t.exp() * (log_t - log_s)).sum(1).mean()
-    return w["kd"] * kl + w["l2"] * F.mse_loss(s, t) + w["ce"] * F.cross_entropy(s, y)
+    return w["kd"] * kl(t, s) + w["l2"] * F.mse_loss(s, t) + w["ce"] * F.cross_entropy(s, y)
 
   def student_step(self, z: torch.Tensor, y: torch.Tensor) -> float:
     self.student.train().requires_grad_(True)
-    loss = self.student_loss(z, y)
-    self.sgd.zero_grad()
-    loss.backward()
-    self.sgd.step()
-    return loss.item()
+    return descend(self.sgd, self.student_loss(z, y))
 
 
 def build(teacher: str, student: str, batch: int) -> tuple[Setup, Torch, Any, Any]:

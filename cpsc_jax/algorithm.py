@@ -5,17 +5,17 @@ What differs between methods stands in their `Method` (cpsc_jax.setup); training
 generator.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from cpsc_jax import gradients, nets, streams
 from cpsc_jax.gradients import Aux
 from cpsc_jax.mesh import batch_sharding, place, replicated
-from cpsc_jax.setup import LATENTS, Player, Setup, Term
+from cpsc_jax.setup import LATENTS, Setup, Term
 from cpsc_jax.state import Hyper, Losses, State, TrainState, Tree, View, Weights, step_counter
 from cpsc_jax.streams import Stream
 
@@ -42,7 +42,7 @@ def iteration(setup: Setup, generator_step: Step, student_step: Step) -> Callabl
       return jax.lax.scan(student_step, state, keys)
 
     def rest(state: State) -> tuple[State, Losses]:
-      return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(steps, state)[1])
+      return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(steps, state)[1])
 
     return jax.lax.cond(method.waits(state), rest, steps, state) if method.waits else steps(state)
 
@@ -77,21 +77,20 @@ def generator_update(
   setup: Setup, teacher: Tree, state: State, z: jax.Array, y: jax.Array, key: jax.Array
 ) -> tuple[State, Aux]:
   """The state after one generator update on latents z (N, nz) and labels y (N,), and what its loss returned."""
-  moved = {"generator": state.generator, **state.trained}
-  params = {name: part.params for name, part in moved.items()}
+  parts = {"generator": state.generator, **state.trained}
+  params = {name: part.params for name, part in parts.items()}
   stats = {"generator": state.generator.batch_stats, "student": state.student.batch_stats}
   loss, policy = generator_loss(setup, teacher, state), setup.generator.policy
   got = gradients.take(loss, params, stats, (z, y), key, policy, state.generator.loss_scale)
   new_stats, factor = got.aux.stats, state.hyper.generator.lr
   moved = {
     name: part.updated(setup.optimiser_of(name), got.grads[name], new_stats.get(name, part.batch_stats), factor)
-    for name, part in moved.items()
+    for name, part in parts.items()
   }
-  generator, trained = moved.pop("generator"), moved
   new = state.replace(
-    generator=generator,
+    generator=moved.pop("generator"),
     student=state.student.replace(batch_stats=new_stats["student"]),
-    trained=trained,
+    trained=moved,
   )
   new = gradients.keep_finite(got.finite, new, state)
   return new.replace(generator=new.generator.replace(loss_scale=got.loss_scale)), got.aux
@@ -170,9 +169,10 @@ def initial_state(setup: Setup, key: jax.Array, image_shape: tuple[int, int, int
   if setup.generator:
     inputs = jnp.zeros((2, setup.method.noise.latent_dim)), jnp.zeros((2,), jnp.int32)
     variables = nets.init(setup.generator.net, streams.key(key, Stream.GENERATOR_INIT), *inputs)
-    generator = train_state(variables, dataclasses.replace(setup.generator, optimiser=setup.optimiser_of("generator")))
-  student_key = streams.key(key, Stream.STUDENT_INIT)
-  student = train_state(nets.init(setup.student.net, student_key, image, kernels=setup.student.init), setup.student)
+    generator = train_state(variables, setup.optimiser_of("generator"), setup.generator.loss_scaling)
+  player = setup.student
+  variables = nets.init(player.net, streams.key(key, Stream.STUDENT_INIT), image, kernels=player.init)
+  student = train_state(variables, player.optimiser, player.loss_scaling)
   trained, memory = setup.method.init(streams.key(key, Stream.METHOD_INIT))
   hyper = Hyper(initial_weights(setup.weights.get("generator", {})), initial_weights(setup.weights["student"]))
   training = streams.key(key, Stream.TRAINING)
@@ -183,9 +183,9 @@ def initial_weights(terms: dict[str, float]) -> Weights:
   return Weights({name: jnp.asarray(weight, float) for name, weight in terms.items()}, jnp.ones((), float))
 
 
-def train_state(variables: Tree, player: Player) -> TrainState:
-  scale = gradients.initial_loss_scale() if player.loss_scaling else None
-  opt_state = jax.jit(player.optimiser.init)(variables["params"])
+def train_state(variables: Tree, tx: optax.GradientTransformation, loss_scaling: bool = False) -> TrainState:
+  scale = gradients.initial_loss_scale() if loss_scaling else None
+  opt_state = jax.jit(tx.init)(variables["params"])
   return TrainState(variables["params"], variables["batch_stats"], opt_state, scale)
 
 

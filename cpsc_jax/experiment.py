@@ -13,7 +13,7 @@ from cpsc_jax.config import Config
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.gradients import Policy
-from cpsc_jax.progress import say
+from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Noise, Player, Setup
 from cpsc_jax.state import State, Tree
 
@@ -37,8 +37,8 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     balanced=config.generator.labels == "balanced",
   )
   trained_head = has_head and config.student.head == "trained"
-  parts = methods.Parts(config, noise, generator, teacher, spec.image_shape, mesh, trained_head)
-  method = methods.method(dataclasses.replace(parts, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ()))))
+  parts = config, noise, generator, teacher, spec.image_shape, mesh, trained_head
+  method = methods.method(methods.Parts(*parts, generator.net.form.mean, generator.net.form.std))
   if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
@@ -66,16 +66,23 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
 
 
 def initial_state(
-  config: Config, setup: Setup, key: jax.Array, image_shape: tuple[int, int, int], teacher: Tree
+  config: Config, setup: Setup, key: jax.Array, image_shape: tuple[int, int, int], teacher: Tree | None
 ) -> State:
-  """The state that distillation begins with; under config.student.inherit the student has layers of the teacher.
+  """The state that a phase begins with, on the setup's devices.
+
+  Under config.student.inherit a student, which has a teacher, starts with layers of it.
 
   Raises:
     Refusal: there are none of the same name and shape.
   """
-  state = algorithm.initial_state(setup, key, image_shape)
-  if not config.student.inherit:
-    return state
+  with working("drawing the initial weights"):
+    state = algorithm.initial_state(setup, key, image_shape)
+    if config.student.inherit and teacher is not None:
+      state = _with_inherited(state, teacher)
+    return algorithm.placed(setup, state)
+
+
+def _with_inherited(state: State, teacher: Tree) -> State:
   variables, taken = nets.inherited(state.student.variables, teacher)
   if not taken:
     raise Refusal(
@@ -94,8 +101,8 @@ def build_teacher(config: Config, card: dict) -> Any:
 def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
   c = config.generator
   classes = spec.num_classes if c.conditional else 1
-  form = nets.Form(c.output, c.epsilon, c.init, tuple(card.get("mean", ())), tuple(card.get("std", ())))
-  net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, compute_dtype(config), form)
+  form, dtype = nets.Form.of(c, card), compute_dtype(config)
+  net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, dtype, form)
   iterations = config.schedule.iterations
   every = (c.steps, 1) if inverts(config) else (iterations * c.steps, None)
   return Player(

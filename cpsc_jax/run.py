@@ -8,7 +8,7 @@ from cpsc_jax import algorithm, config, datasets, experiment, nets, record, stre
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
-from cpsc_jax.progress import say, working
+from cpsc_jax.progress import say
 from cpsc_jax.setup import Setup
 from cpsc_jax.streams import Stream
 
@@ -76,7 +76,5 @@ def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: d
   """(state -> (state, losses), the state it begins with) of data-free training."""
   program = algorithm.compile_epoch(setup, c.schedule.iterations)
   key = streams.key(streams.root(c.seed), Stream.DISTILLATION)
-  with working("drawing the initial weights"):
-    state = experiment.initial_state(c, setup, key, data.spec.image_shape, teacher.variables)
-    state = algorithm.placed(setup, state)
+  state = experiment.initial_state(c, setup, key, data.spec.image_shape, teacher.variables)
   return lambda state: program(state, teacher.variables), state

@@ -111,9 +111,8 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
   if card["net"] in nets.GENERATORS:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
     classes = classes if card.get("conditional", True) else 1  # older cards lack this key
-    form = {key: card[key] for key in ("output", "epsilon", "init") if key in card}
-    form = nets.Form(**form, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ())))
-    return nets.generator(card["net"], classes, size, channels, card["width"], form=form), (latents, labels)
+    net = nets.generator(card["net"], classes, size, channels, card["width"], form=nets.Form.of(card, card))
+    return net, (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
 
 

@@ -68,17 +68,12 @@ def pooled(
   return source
 
 
-def replayed(new: Source, number: int, mesh: jax.sharding.Mesh) -> Source:
-  """The batches of `new`, which join the pool in `State.memory["pool"]`, and `number` images drawn from that pool."""
-  from_pool = pooled(number, mesh)
+def remembered(new: Source) -> Source:
+  """The batches of `new`, which join the pool in `State.memory["pool"]`."""
 
   def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
-    key_new, key_old = streams.keys(key, Stream.PARTS, 2)
-    state, x, y = new(state, key_new, data)
-    state = state.replace(memory={**state.memory, "pool": pools.add(state.memory["pool"], images=x, labels=y)})
-    state, *old = from_pool(state, key_old, data)
-    joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), (x, y), tuple(old))
-    return state, *jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))
+    state, x, y = new(state, key, data)
+    return state.replace(memory={**state.memory, "pool": pools.add(state.memory["pool"], images=x, labels=y)}), x, y
 
   return source
 

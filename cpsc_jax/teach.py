@@ -17,7 +17,7 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.mesh import replicate, replicated
 from cpsc_jax.methods import terms
-from cpsc_jax.progress import say, working
+from cpsc_jax.progress import say
 from cpsc_jax.setup import Method, Player, Setup, Term
 from cpsc_jax.state import State, Tree
 from cpsc_jax.streams import Stream
@@ -117,7 +117,7 @@ def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split
     mesh=mesh,
     weights={"student": {"ce": 1.0}},
   )
-  epoch, state = _phase(setup, None, split, streams.key(streams.root(config.seed), Stream.TEACHER), data)
+  epoch, state = _phase(config, setup, None, split, streams.key(streams.root(config.seed), Stream.TEACHER), data)
   deployed, _ = nets.deployed(net, {})
   classify = evaluate.compile_classifier(deployed, card["mean"], card["std"], config.evaluate.batch_size, mesh)
 
@@ -156,7 +156,7 @@ def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tupl
   net = None if config.arm == "real_labels" else setup.teacher
   setup = Setup(student=student, method=method, mesh=mesh, weights={"student": weights}, teacher=net)
   key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
-  return setup, _phase(setup, teacher.variables, split, key, data)
+  return setup, _phase(config, setup, teacher.variables, split, key, data)
 
 
 def on_real_data(
@@ -177,9 +177,8 @@ def on_real_data(
   )
 
 
-def _phase(setup: Setup, teacher: Tree, split: Split, key: jax.Array, data: Data) -> Phase:
+def _phase(config: Config, setup: Setup, teacher: Tree | None, split: Split, key: jax.Array, data: Data) -> Phase:
   """(state -> (state, losses), the state it begins with): an epoch is one iteration."""
   program = algorithm.compile_epoch(setup, 1, real_data=True)
-  with working("drawing the initial weights"):
-    state = algorithm.placed(setup, algorithm.initial_state(setup, key, data.spec.image_shape))
+  state = experiment.initial_state(config, setup, key, data.spec.image_shape, teacher)
   return lambda state: program(state, teacher, split), state

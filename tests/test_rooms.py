@@ -123,7 +123,7 @@ LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
   "flax.struct": {"state", "gradients", "pool"},
   "flax.training": {"state", "gradients"},
-  "optax": {"losses", "methods", "optim", "setup", "state"},  # the last two for the type of an optimiser
+  "optax": {"algorithm", "losses", "methods", "optim", "setup", "state"},  # some for the type of an optimiser
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},

@@ -55,7 +55,7 @@ def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.S
   if averaged:
     old = sources.fresh(net, noise, averaged, of=lambda state: state.memory["average"])
     new = sources.mixture([new, old], mesh)
-  source = sources.replayed(new, replayed, mesh) if replayed else new
+  source = sources.mixture([sources.remembered(new), sources.pooled(replayed, mesh)], mesh) if replayed else new
 
   def memory(key: jax.Array) -> Tree:
     kept = {}
@@ -65,15 +65,11 @@ def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.S
     if averaged:
       inputs = jnp.zeros((2, noise.latent_dim)), jnp.zeros((2,), jnp.int32)
       shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), key)
-      kept["average"] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      kept["average"] = jax.tree.map(jnp.zeros_like, shapes)
     return kept
 
-  whole, places = replicated(mesh), {}
-  if replayed:
-    places["pool"] = pools.sharding(mesh)
-  if averaged:
-    places["average"] = whole
-  return memory, source, places
+  places = {"pool": pools.sharding(mesh)} if replayed else {}
+  return memory, source, places | ({"average": replicated(mesh)} if averaged else {})
 
 
 def share_numbers(config: ml_collections.ConfigDict) -> tuple[int, int]:

@@ -74,8 +74,7 @@ def method(parts: Parts) -> Method:
   def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     trained, memory = base.init(key)
     variables = jax.jit(critic.init)(key, jnp.zeros((2, width)))
-    player = dataclasses.replace(parts.generator, optimiser=optimiser)
-    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, player)
+    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, optimiser)
     bank = pools.empty(pool.bank // pool.batch_size, pool.batch_size, features=((2 * width,), jnp.float32))
     return trained, {**memory, "bank": bank}
 
@@ -86,7 +85,8 @@ def method(parts: Parts) -> Method:
 
   trained, memory = base.shardings
   shardings = trained, {**memory, "bank": pools.sharding(parts.mesh)}
-  return dataclasses.replace(base, init=init, keep=keep, shardings=shardings, optimisers={"critic": optimiser})
+  optimisers = {**base.optimisers, "critic": optimiser}
+  return dataclasses.replace(base, init=init, keep=keep, shardings=shardings, optimisers=optimisers)
 
 
 def check(config, mesh: jax.sharding.Mesh) -> None:

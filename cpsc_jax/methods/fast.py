@@ -34,21 +34,18 @@ def method(parts: Parts) -> Method:
   def adam(lr: float) -> optax.GradientTransformation:
     return optax.adam(lr, b1=c.generator.b1, b2=c.generator.b2, eps=1e-8)
 
-  optimisers = {
-    "generator": optax.chain(remember_sum(), adam(c.generator.lr)),
-    LATENTS: adam(meta.latent_lr),
-  }
+  inner, latent = optax.chain(remember_sum(), adam(c.generator.lr)), adam(meta.latent_lr)
   outer = adam(c.generator.steps * c.generator.lr)
 
+  def running_mean(memory: Tree, seen: Tree) -> Tree:
+    """Of moments over episodes, in which the present ones, `seen`, count for 1 - momentum; the first time wholly."""
+    old, momentum = memory["moments"], jnp.where(memory["episodes"] > 0, meta.bn_momentum, 0.0)
+    return jax.tree.map(lambda new, old: (1 - momentum) * new + momentum * old, seen, old)
+
   def bn(v: View) -> jax.Array:
-    """`bn` of a running mean over episodes, in which this batch counts for 1 - momentum."""
-    started, old = v.memory["episodes"] > 0, v.memory["moments"]
-
-    def blend(new: jax.Array, old: jax.Array) -> jax.Array:
-      return jnp.where(started, (1 - meta.bn_momentum) * new + meta.bn_momentum * old, new)
-
-    seen = {layer: jax.tree.map(blend, moments, old["/".join(layer)]) for layer, moments in moments_of(v).items()}
-    return losses.bn_statistics(Statistics(seen, v.teacher.statistics.stored))
+    """`bn` of the running mean."""
+    seen, stored = (moments(layers) for layers in (v.teacher.statistics.seen, v.teacher.statistics.stored))
+    return losses.bn_statistics(Statistics(running_mean(v.memory, seen), stored))
 
   def adversarial(v: View) -> jax.Array:
     """Nothing in the warm-up but its last episode, as in the published code."""
@@ -56,31 +53,24 @@ def method(parts: Parts) -> Method:
     return jnp.where(v.memory["episodes"] + 1 >= meta.warmup_episodes, -difference, 0.0)
 
   def recorded(v: View) -> dict[str, Any]:
-    return {"moments": {"/".join(layer): moments for layer, moments in moments_of(v).items()}}
+    return {"moments": moments(v.teacher.statistics.seen)}
 
   generator_terms = {
     "bn": Term(bn, couples_batch=True),
     "ce": terms.CE,
     "adversarial": Term(adversarial),
   }
-  base = inversion.inverting(parts, generator_terms, {"kd": terms.kd(c)}, record=recorded)
+  student_terms = {"kd": terms.kd(c)}
+  base = inversion.inverting(parts, generator_terms, student_terms, record=recorded, latent_optimiser=latent)
 
   def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     trained, memory = base.init(key)
-    z = trained[LATENTS].params
-    labels = jnp.zeros((z.shape[0],), jnp.int32)
-    shapes = jax.eval_shape(lambda z: nets.init(generator.net, key, z, labels)["params"], z)
-    theta = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    seen = nets.observed_shapes(parts.teacher, parts.image_shape).statistics.seen
-    moments = {"/".join(layer): {n: jnp.zeros(m[n].shape) for n in ("mean", "var")} for layer, m in seen.items()}
-    own = {
-      "theta": theta,
-      "outer": outer.init(theta),
-      "moments": moments,
-      "seen": jax.tree.map(jnp.zeros_like, moments),
-    }
-    trained[LATENTS] = TrainState(z, {}, optimisers[LATENTS].init(z))
-    return trained, {**memory, **own, "episodes": jnp.zeros((), jnp.int32)}
+    z, labels = trained[LATENTS].params, memory["labels"]
+    theta = jax.eval_shape(lambda z: nets.init(generator.net, key, z, labels)["params"], z)
+    seen = moments(nets.observed_shapes(parts.teacher, parts.image_shape).statistics.seen)
+    shapes = {"theta": theta, "moments": seen, "seen": seen}
+    own = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in shapes.items()}
+    return trained, {**memory, **own, "outer": outer.init(own["theta"]), "episodes": jnp.zeros((), jnp.int32)}
 
   def begin(state: State, key: jax.Array) -> State:
     """A copy of the generator, new latents and new labels."""
@@ -90,9 +80,8 @@ def method(parts: Parts) -> Method:
       now = state.memory["episodes"] + 1 == meta.redraw_episode
       again = redrawn(theta, streams.key(key, Stream.GENERATOR_INIT))
       theta = jax.tree.map(lambda new, old: jnp.where(now, new, old), again, theta)
-    copy = state.generator.replace(params=theta, opt_state=optimisers["generator"].init(theta))
-    latents = TrainState(z, {}, optimisers[LATENTS].init(z))
-    state = inversion.started(parts, state, copy, latents, y)
+    copy = state.generator.replace(params=theta, opt_state=inner.init(theta))
+    state = inversion.started(parts, state, copy, TrainState(z, {}, latent.init(z)), y)
     return state.replace(memory={**state.memory, "theta": theta})
 
   def observe(state: State, found: Losses, seen: dict[str, Any]) -> State:
@@ -108,14 +97,9 @@ def method(parts: Parts) -> Method:
       gradient = jax.tree.map(lambda old, new: REPTILE_FACTOR * (old - new), theta, copy.params)
     updates, opt_state = outer.update(gradient, memory["outer"], theta)
     theta = optax.apply_updates(theta, updates)
-    first = memory["episodes"] == 0
-
-    def blend(new: jax.Array, old: jax.Array) -> jax.Array:
-      return jnp.where(first, new, (1 - meta.bn_momentum) * new + meta.bn_momentum * old)
-
-    moments = jax.tree.map(blend, memory["seen"], memory["moments"])
-    own = {"theta": theta, "outer": opt_state, "moments": moments, "episodes": memory["episodes"] + 1}
-    return state.replace(generator=copy.replace(params=theta), memory={**memory, **own})
+    own = {"theta": theta, "outer": opt_state, "moments": running_mean(memory, memory["seen"])}
+    memory = {**memory, **own, "episodes": memory["episodes"] + 1}
+    return state.replace(generator=copy.replace(params=theta), memory=memory)
 
   trained, memory = base.shardings
   whole = memory["labels"]
@@ -127,14 +111,15 @@ def method(parts: Parts) -> Method:
     observe=observe,
     keep=keep,
     shardings=(trained, {**memory, **own}),
-    optimisers=optimisers,
+    optimisers={**base.optimisers, "generator": inner},
     waits=lambda state: state.memory["episodes"] <= meta.warmup_episodes,
     keeps_generator=True,
   )
 
 
-def moments_of(v: View) -> dict[tuple[str, ...], dict[str, jax.Array]]:
-  return {layer: {n: seen[n] for n in ("mean", "var")} for layer, seen in v.teacher.statistics.seen.items()}
+def moments(layers: Tree) -> dict[str, dict[str, jax.Array]]:
+  """Mean and variance of every layer, {path joined by slashes: {"mean": (K,), "var": (K,)}}."""
+  return {"/".join(layer): {name: seen[name] for name in ("mean", "var")} for layer, seen in layers.items()}
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from cpsc_jax import algorithm, nets, sources, streams
 from cpsc_jax import pool as pools
@@ -27,8 +28,9 @@ def inverting(
   student_terms: dict[str, Term],
   record: Callable[[View], Recorded] = lambda view: {},
   recorded_shapes: dict[str, tuple[int, ...]] | None = None,
+  latent_optimiser: optax.GradientTransformation | None = None,
 ) -> Method:
-  """A method of this kind.
+  """A method of this kind, whose latents are moved by the generator's optimiser or by one of their own.
 
   `record` gives what is kept of a batch beside its images, {name: (N, ...)}, and `recorded_shapes` the shapes of one
   sample of it. `State.memory` is {"pool", "best": {"loss", "images", ...}, "labels"}: the best batch of the iteration
@@ -36,6 +38,7 @@ def inverting(
   """
   config, noise, generator, mesh = parts.config, parts.noise, parts.generator, parts.mesh
   number, shape = config.pool.batch_size, parts.image_shape
+  tx = latent_optimiser or generator.optimiser
 
   def init(_: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     z = jnp.zeros((number, noise.latent_dim))
@@ -47,14 +50,14 @@ def inverting(
       "best": {**best, "loss": jnp.zeros(())},
       "labels": jnp.zeros((number,), jnp.int32),
     }
-    return {LATENTS: TrainState(z, {}, jax.jit(generator.optimiser.init)(z))}, memory
+    return {LATENTS: TrainState(z, {}, jax.jit(tx.init)(z))}, memory
 
   def begin(state: State, key: jax.Array) -> State:
     """New latents, new labels and a new generator; the best batch so far is its first."""
     z, y = noise.draw(key, number)
     variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
-    fresh = algorithm.train_state(variables, generator).replace(loss_scale=state.generator.loss_scale)
-    return started(parts, state, fresh, TrainState(z, {}, generator.optimiser.init(z)), y)
+    fresh = algorithm.train_state(variables, generator.optimiser).replace(loss_scale=state.generator.loss_scale)
+    return started(parts, state, fresh, TrainState(z, {}, tx.init(z)), y)
 
   def draw(state: State, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     return state.trained[LATENTS].params, state.memory["labels"]
@@ -102,6 +105,7 @@ def inverting(
     noise=noise,
     batch_size=number,
     shardings=shardings,
+    optimisers={LATENTS: tx},
     keeps_generator=False,
     fidelity="pool_fidelity",
   )

@@ -13,21 +13,25 @@ from cpsc_jax.state import View
 
 def kd(config: ml_collections.ConfigDict) -> Term:
   """The student's divergence from the teacher, at config.loss.kd_temperature."""
-
-  share = class_share(config)
+  divergence = kl(config, config.loss.kd_temperature)
 
   def value(v: View) -> jax.Array:
     t, s = stop_gradient(v.teacher.logits), v.student.logits
     if config.loss.kd_standardise:
       t, s = losses.standardised(t), losses.standardised(s)
-    return share(t) * losses.kl(t, s, config.loss.kd_temperature)
+    return divergence(t, s)
 
   return Term(value)
 
 
-def class_share(config: ml_collections.ConfigDict) -> Callable[[jax.Array], float]:
-  """logits (N, C) -> what a KL divergence is multiplied by: 1, or 1 / C where config.loss.kl_classes averages."""
-  return lambda logits: 1 / logits.shape[-1] if config.loss.kl_classes == "mean" else 1.0
+def kl(config: ml_collections.ConfigDict, temperature: float = 1.0) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """KL(teacher || student) of logits (N, C), summed over classes or averaged, as config.loss.kl_classes says: (N,)."""
+
+  def value(t: jax.Array, s: jax.Array) -> jax.Array:
+    summed = losses.kl(t, s, temperature)
+    return summed / t.shape[-1] if config.loss.kl_classes == "mean" else summed
+
+  return value
 
 
 def label_cross_entropy(label_smoothing: float = 0.0, double_softmax: bool = False) -> Term:

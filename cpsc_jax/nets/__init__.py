@@ -1,6 +1,8 @@
 """The networks by name, and how they are called."""
 
+import collections
 import difflib
+import itertools
 import math
 import re
 import zlib
@@ -12,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
@@ -148,10 +151,8 @@ def init(net: nn.Module, key: jax.Array, *inputs: jax.Array, kernels: str = "kai
   convolutions start from PyTorch's default, U(-1, 1) / sqrt(fan in), in place of what the net has for them.
   """
   if isinstance(net, FeatureHead | StageProjections):
-    inner, outer = (
-      init(net.net, key, *inputs, kernels=kernels),
-      _fresh(net, streams.key(key, Stream.HEAD_INIT), *inputs),
-    )
+    inner = init(net.net, key, *inputs, kernels=kernels)
+    outer = _fresh(net, streams.key(key, Stream.HEAD_INIT), *inputs)
     return {name: {**outer[name], **({"net": inner[name]} if inner[name] else {})} for name in outer}
   variables = _fresh(net, key, *inputs)
   if kernels == "torch":
@@ -173,34 +174,25 @@ def inherited(variables: Tree, teacher: Tree) -> tuple[Tree, int]:
   A layer is what has parameters of its own; it is taken with its batch statistics or not at all. What a feature head or
   stage projections are put around counts under its own names.
   """
-  if "net" in variables["params"]:
-    inner, count = inherited({name: tree["net"] for name, tree in variables.items() if "net" in tree}, teacher)
-    return {
-      name: {**tree, **({"net": inner[name]} if name in inner else {})} for name, tree in variables.items()
-    }, count
-  taken = 0
 
-  def shapes(layer: Any) -> Any:
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), layer)
+  def layers(flat: dict[tuple[str, ...], jax.Array]) -> dict[tuple[str, ...], dict[tuple[str, str], tuple[str, ...]]]:
+    """{path of a layer: {(collection, name): its key in `flat`}}, below what is put around a net."""
+    found = collections.defaultdict(dict)
+    for key in flat:
+      collection, *path, name = key
+      found[tuple(itertools.dropwhile(lambda part: part == "net", path))][collection, name] = key
+    return found
 
-  def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    nonlocal taken
-    params, stats = ours["params"], ours.get("batch_stats", {})
-    if any(not isinstance(leaf, dict) for leaf in params.values()):
-      if shapes(ours) != shapes(theirs):
-        return ours
-      taken += count_parameters(params)
-      return theirs
-    merged = {"params": {}, "batch_stats": {}}
-    for name in params:
-      part = {k: tree[name] for k, tree in ours.items() if name in tree}
-      other = {k: tree[name] for k, tree in theirs.items() if name in tree}
-      for k, tree in (merge(part, other) if "params" in other else part).items():
-        merged[k][name] = tree
-    return {k: tree for k, tree in merged.items() if k == "params" or stats}
+  def shapes(flat: dict, layer: dict) -> dict:
+    return {name: (flat[key].shape, flat[key].dtype) for name, key in layer.items()}
 
-  merged = merge(variables, teacher)
-  return {name: merged.get(name, tree) for name, tree in variables.items()}, taken
+  ours, theirs, taken = flatten_dict(variables), flatten_dict(teacher), 0
+  given = layers(theirs)
+  for path, layer in layers(ours).items():
+    if path in given and shapes(ours, layer) == shapes(theirs, given[path]):
+      taken += sum(ours[key].size for (collection, _), key in layer.items() if collection == "params")
+      ours |= {key: theirs[given[path][name]] for name, key in layer.items()}
+  return {**variables, **unflatten_dict(ours)}, taken
 
 
 def _torch_kernels(params, key):

@@ -4,6 +4,8 @@ With one class they are unconditional. `Pixels` is for methods that optimise ima
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,6 +37,12 @@ class Form:
   init: str = "torch"
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
+
+  @classmethod
+  def of(cls, options: Mapping[str, Any], card: Mapping[str, Any]) -> "Form":
+    """The form that a config's section or a card asks for; older cards lack its keys. `card` has mean and std."""
+    chosen = {name: options[name] for name in ("output", "epsilon", "init") if name in options}
+    return cls(**chosen, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ())))
 
   def norm(self, num_classes: int, own: float, name: str, affine: bool = True) -> CategoricalBatchNorm:
     """A categorical batch norm whose epsilon is `own` unless the form has another."""
