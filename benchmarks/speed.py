@@ -24,7 +24,7 @@ import torch
 from cpsc_jax.configs import cifar10
 from torch.nn import functional as F
 
-from cpsc_jax import algorithm, config, datasets, experiment, mesh, nets
+from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
 from cpsc_jax.interop import convert
 from cpsc_jax.nets import onednn
 from cpsc_jax.record import cpu_model
@@ -128,7 +128,7 @@ def build(teacher: str, student: str, batch: int) -> tuple[Setup, Torch, Any, An
   net = nets.classifier(teacher, 10)
   setup = experiment.build(c, spec, net, {"mean": spec.mean, "std": spec.std}, devices)
   theirs = Torch(teacher, student, setup, c.generator.width, c.generator.latent_dim)
-  state = algorithm.initial_state(setup, jax.random.key(0), spec.image_shape)
+  state = initial.state(setup, jax.random.key(0), spec.image_shape)
   variables = {
     "teacher": convert.classifier_from_torch(zoo.arrays(theirs.teacher), shapes(net)),
     "student": convert.classifier_from_torch(zoo.arrays(theirs.student), state.student.variables),

@@ -2,7 +2,7 @@
 
 CMI on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of its published script without images inverted beforehand,
 whose figure is 88.82 % (best epoch, teacher of 94.87 %). With such images: 90.01 %; WRN-40-1 92.78 %, WRN-16-2 92.52 %,
-ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. docs/methods.md lists every setting.
+ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config cmi_cifar10:digits` is CMI on the digits; docs/results.md has its accuracy.
 """

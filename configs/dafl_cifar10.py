@@ -2,7 +2,7 @@
 
 DAFL on CIFAR-10, WRN-40-2 -> WRN-16-1, as CMI's benchmark runs it: its command says temperature 20, its code computes
 with 1. Published there (best epoch, teacher of 94.87 %): 65.71 %; WRN-40-1 81.33 %, WRN-16-2 81.55 %, ResNet-34 ->
-ResNet-18 92.22 %. Accuracy of this code: not measured. docs/methods.md lists every setting.
+ResNet-18 92.22 %. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config dafl_cifar10:digits` is DAFL on the digits; docs/results.md has its accuracy.
 """

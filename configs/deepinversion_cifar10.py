@@ -2,7 +2,7 @@
 
 DeepInversion with its adaptive term on CIFAR-10, WRN-40-2 -> WRN-16-1, as CMI's benchmark runs it. Published there
 (best epoch, teacher of 94.87 %): 83.04 %; WRN-40-1 86.85 %, WRN-16-2 89.72 %, ResNet-34 -> ResNet-18 93.26 %. Accuracy
-of this code: not measured. docs/methods.md lists every setting.
+of this code: not measured. docs/methods.md lists what differs.
 
 `--config deepinversion_cifar10:digits` is DeepInversion on the digits; docs/results.md has its accuracy.
 """

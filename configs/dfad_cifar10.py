@@ -1,7 +1,7 @@
 """cpsc-jax --config dfad_cifar10
 
 DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published code. Its README gives figures as a picture
-only; they are not known here. Accuracy of this code: not measured. docs/methods.md lists every setting.
+only; they are not known here. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config dfad_cifar10:digits` is DFAD on the digits; docs/results.md has its accuracy.
 """

@@ -2,7 +2,7 @@
 
 FastDFKD with ten steps per batch on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of its published script; `:two`
 and `:five` take two and five steps. Published (best epoch): 89.29 % with ten steps, 88.90 % with five, 88.36 % with
-two. Accuracy of this code: not measured. docs/methods.md lists every setting.
+two. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config fast_cifar10:digits` is FastDFKD on the digits.
 """

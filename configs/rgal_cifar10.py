@@ -4,7 +4,7 @@ RGAL on CIFAR-10, WRN-40-2 -> WRN-16-1, as its published command runs it: 200 ep
 images from 400 generator steps, then 400 student steps on two views of 128 images. Synthesis compares the student's
 last stage, the student its pooled feature, and positives and negatives are not exchanged. `--config
 rgal_cifar10:paper` has the paper's form: the teacher's stages, all of the student's, exchanged in synthesis. The
-tables of the paper are not known here. Accuracy of this code: not measured. docs/methods.md lists every setting.
+tables of the paper are not known here. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config rgal_cifar10:digits` is RGAL, in the paper's form, on the digits; docs/results.md has its accuracy.
 """

@@ -2,7 +2,7 @@
 
 ZSKT on CIFAR-10, WRN-40-2 -> WRN-16-1, with the settings of its published code. CMI's benchmark, which runs it without
 attention transfer and by other settings, gives (best epoch, teacher of 94.87 %) 83.74 %; WRN-40-1 86.07 %, WRN-16-2
-89.66 %, ResNet-34 -> ResNet-18 93.32 %. Accuracy of this code: not measured. docs/methods.md lists every setting.
+89.66 %, ResNet-34 -> ResNet-18 93.32 %. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config zskt_cifar10:digits` is ZSKT on the digits; docs/results.md has its accuracy.
 """

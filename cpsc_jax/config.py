@@ -260,6 +260,11 @@ CHECKS = (
 )
 
 
+def waiting_epochs(config: Config) -> int:
+  """Epochs at the start in which the student is not trained (FastDFKD's warm-up)."""
+  return config.loss.meta.warmup_episodes // config.schedule.iterations if "meta" in config.loss else 0
+
+
 def dump(config: Config) -> str:
   """The config as indented JSON with sorted keys."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"

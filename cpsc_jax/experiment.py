@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import algorithm, datasets, methods, nets, optim
-from cpsc_jax.config import Config
+from cpsc_jax import datasets, initial, methods, nets, optim
+from cpsc_jax.config import Config, waiting_epochs
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.gradients import Policy
@@ -76,10 +76,10 @@ def initial_state(
     Refusal: there are none of the same name and shape.
   """
   with working("drawing the initial weights"):
-    state = algorithm.initial_state(setup, key, image_shape)
+    state = initial.state(setup, key, image_shape)
     if config.student.inherit and teacher is not None:
       state = _with_inherited(state, teacher)
-    return algorithm.placed(setup, state)
+    return initial.placed(setup, state)
 
 
 def _with_inherited(state: State, teacher: Tree) -> State:
@@ -125,11 +125,6 @@ def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, boo
     stages = nets.output_shapes(teacher, spec.image_shape).stages
     student = nets.StageProjections(student, tuple(stage.shape[-1] for stage in stages))
   return student, ours != theirs
-
-
-def waiting_epochs(config: Config) -> int:
-  """Epochs at the start in which the student is not trained (FastDFKD's warm-up)."""
-  return config.loss.meta.warmup_episodes // config.schedule.iterations if "meta" in config.loss else 0
 
 
 def inverts(config: Config) -> bool:

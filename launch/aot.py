@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from cpsc_jax import algorithm, datasets, experiment, main, mesh, nets, streams, teach
+from cpsc_jax import algorithm, datasets, experiment, initial, main, mesh, nets, streams, teach
 from cpsc_jax import config as configs
 from cpsc_jax.errors import Refusal
 from cpsc_jax.streams import Stream
@@ -119,10 +119,10 @@ def lower(
   def shapes() -> tuple[Any, Any]:
     key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
     teacher = nets.init(teacher_net, key, jax.numpy.zeros((2, *spec.image_shape)))
-    return algorithm.initial_state(setup, key, spec.image_shape), teacher
+    return initial.state(setup, key, spec.image_shape), teacher
 
   state, teacher = jax.eval_shape(shapes)
-  state, teacher = placed(state, algorithm.shardings(setup)), placed(teacher, mesh.replicated(grid))
+  state, teacher = placed(state, initial.shardings(setup)), placed(teacher, mesh.replicated(grid))
   return algorithm.compile_epoch(setup, config.schedule.iterations).lower(state, teacher), config
 
 

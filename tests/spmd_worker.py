@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from cpsc_jax.configs import digits
 
-from cpsc_jax import algorithm, config, datasets, experiment, mesh, nets, streams
+from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets, streams
 
 
 def smoke_config(method):
@@ -40,7 +40,7 @@ def main(out, scl_form, method, iterations):
   setup = experiment.build(c, spec, net, {"mean": [0.0], "std": [1.0]}, devices)
   teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, *spec.image_shape)))
   key = streams.key(streams.root(0), streams.Stream.DISTILLATION)
-  state = algorithm.placed(setup, double(algorithm.initial_state(setup, key, spec.image_shape)))
+  state = initial.placed(setup, double(initial.state(setup, key, spec.image_shape)))
   epoch = algorithm.compile_epoch(setup, int(iterations))
   state, losses = epoch(state, mesh.replicate(double(teacher), devices))
   pool = setup.method.pool(state)

@@ -10,12 +10,13 @@ from parity import assert_close, assert_trees_close
 from spmd_worker import double
 from test_methods import start
 
-from cpsc_jax import algorithm, nets, streams
+from cpsc_jax import algorithm, nets, record, streams
 from cpsc_jax.nets.generators import redrawn
 from cpsc_jax.setup import LATENTS
 from cpsc_jax.streams import Stream
 
 EPISODES = 3
+OPTIMISED = {"xla_backend_optimization_level": 3}  # for XLA's own convolutions, which are those in float64
 CHANGES = {
   "generator.steps": 3,
   "loss.meta.warmup_episodes": 2,
@@ -63,8 +64,8 @@ def test_episodes_equal_pytorch(form):
     teacher, state = double(teacher), double(state)
     c = CONFIG(form)
     theta = TorchAdam(state.generator.params, c.generator.steps * c.generator.lr, c.generator.b1, c.generator.b2)
-    moments, step = None, jax.jit(algorithm.iteration(setup, *steps(setup, teacher)))
-    gradient = jax.jit(jax.grad(loss_of(setup, teacher), has_aux=True))
+    moments, step = None, jax.jit(algorithm.iteration(setup, *steps(setup, teacher)), compiler_options=OPTIMISED)
+    gradient = jax.jit(jax.grad(loss_of(setup, teacher), has_aux=True), compiler_options=OPTIMISED)
     for episode in range(EPISODES):
       key = streams.nth(state.key, Stream.ITERATIONS, state.step)
       begun = setup.method.begin(state, streams.key(key, Stream.BEGIN))
@@ -150,3 +151,12 @@ def test_the_first_layer_is_drawn_anew_once():
   again = redrawn(before, jax.random.key(0))
   assert jax.tree.structure(again) == jax.tree.structure(before)
   assert_trees_close(again["conv1"], before["conv1"], 0)
+
+
+def test_samples_of_the_warm_up_are_not_the_students():
+  setup, _, _ = start.__wrapped__("fast", **CHANGES)
+  c = CONFIG("maml")
+  drawn, waiting = record._samples_drawn(c, setup), c.loss.meta.warmup_episodes
+  each = c.schedule.batch_size * c.student.steps
+  assert drawn["student"] == (c.schedule.epochs * c.schedule.iterations - waiting) * each
+  assert drawn["generator"] == c.schedule.epochs * c.schedule.iterations * c.pool.batch_size * c.generator.steps

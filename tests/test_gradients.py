@@ -12,7 +12,7 @@ import pytest
 from parity import assert_trees_close
 from test_algorithm import KEY, SHAPE, equal, make_setup
 
-from cpsc_jax import algorithm, gradients, nets
+from cpsc_jax import algorithm, gradients, initial, nets
 from cpsc_jax.gradients import Policy
 from cpsc_jax.state import Output
 
@@ -44,7 +44,7 @@ def test_epochs_of_three_members_under_vmap_equal_three_runs():
     teacher, run = double(teacher), algorithm.epoch(setup, 2)
 
     def member(seed, ce, kd, lr):
-      state = double(algorithm.initial_state(setup, jax.random.key(seed), SHAPE))
+      state = double(initial.state(setup, jax.random.key(seed), SHAPE))
       generator = state.hyper.generator.replace(terms={**state.hyper.generator.terms, "ce": ce})
       student = state.hyper.student.replace(terms={**state.hyper.student.terms, "kd": kd}, lr=lr)
       return state.replace(hyper=state.hyper.replace(generator=generator, student=student))
@@ -89,7 +89,7 @@ def test_rematerialisation_changes_nothing_but_memory():
   with jax.enable_x64(True):
     (setup, teacher, _), (remat, *_) = make_setup(), make_setup(rematerialise=True)
     setup, remat = plainly_descending(setup), plainly_descending(remat)
-    teacher, state = double(teacher), double(algorithm.initial_state(setup, jax.random.key(0), SHAPE))
+    teacher, state = double(teacher), double(initial.state(setup, jax.random.key(0), SHAPE))
     for player, update in updates(setup, teacher, state).items():
       want, got = update(state), updates(remat, teacher, state)[player](state)
       assert_trees_close(getattr(got, player).params, getattr(want, player).params, 1e-9)
@@ -144,7 +144,7 @@ def test_micro_batches_equal_the_whole_batch_without_batch_norm(parts):
     whole = dataclasses.replace(setup, student=dataclasses.replace(setup.student, net=Plain()))
     policy = Policy(micro_batches=parts)
     divided = dataclasses.replace(whole, student=dataclasses.replace(whole.student, policy=policy))
-    state = double(algorithm.initial_state(whole, jax.random.key(0), SHAPE))
+    state = double(initial.state(whole, jax.random.key(0), SHAPE))
     want, got = (updates(s, teacher, state)["student"](state) for s in (whole, divided))
     assert_trees_close(got.student.params, want.student.params, 1e-12)
 
@@ -219,7 +219,7 @@ class Dropped(nn.Module):
 def test_dropout_of_the_student_follows_the_key():
   setup, teacher, _ = make_setup()
   setup = dataclasses.replace(setup, student=dataclasses.replace(setup.student, net=Dropped()))
-  state = algorithm.initial_state(setup, jax.random.key(0), SHAPE)
+  state = initial.state(setup, jax.random.key(0), SHAPE)
   assert isinstance(Dropped().apply(state.student.variables, jnp.ones((2, *SHAPE)), train=False), Output)
   x, y = jnp.ones((12, *SHAPE)), jnp.arange(12) % 10
   update = jax.jit(lambda key: algorithm.student_update(setup, teacher, state, x, y, key)[0].student.params)

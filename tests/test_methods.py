@@ -21,6 +21,7 @@ from cpsc_jax import (
   config,
   datasets,
   experiment,
+  initial,
   losses,
   mesh,
   methods,
@@ -66,7 +67,7 @@ def resolved(method, /, **changes):
 
 def first_state(setup):
   key = streams.key(streams.root(0), Stream.DISTILLATION)
-  return algorithm.placed(setup, algorithm.initial_state(setup, key, DIGITS.image_shape))
+  return initial.placed(setup, initial.state(setup, key, DIGITS.image_shape))
 
 
 @functools.cache

@@ -26,9 +26,10 @@ ROOMS = {
   "pool": {"mesh", "state"},
   "gradients": {"nets", "state"},
   "setup": {"gradients", "mesh", "pool", "state", "streams"},
-  "algorithm": {"gradients", "mesh", "nets", "setup", "state", "streams"},
+  "initial": {"gradients", "mesh", "nets", "setup", "state", "streams"},
+  "algorithm": {"gradients", "initial", "mesh", "nets", "setup", "state", "streams"},
   "sources": {"datasets", "mesh", "nets", "pool", "setup", "state", "streams"},
-  "methods": {"algorithm", "errors", "losses", "mesh", "nets", "pool", "setup", "sources", "state", "streams"},
+  "methods": {"errors", "initial", "losses", "mesh", "nets", "pool", "setup", "sources", "state", "streams"},
   "evaluate": {"datasets", "mesh", "setup", "state", "streams"},
   "saved": {"errors", "checkpoint", "nets"},
   "report": {"command", "errors"},
@@ -37,11 +38,11 @@ ROOMS = {
   "loop": {"errors", "checkpoint", "events", "mesh", "progress", "state", "stop"},
   "config": {"datasets", "errors", "mesh", "methods", "nets", "setup"},
   "experiment": {
-    "algorithm",
     "config",
     "datasets",
     "errors",
     "gradients",
+    "initial",
     "methods",
     "nets",
     "optim",
@@ -123,7 +124,7 @@ LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
   "flax.struct": {"state", "gradients", "pool"},
   "flax.training": {"state", "gradients"},
-  "optax": {"algorithm", "losses", "methods", "optim", "setup", "state"},  # some for the type of an optimiser
+  "optax": {"initial", "losses", "methods", "optim", "setup", "state"},  # some for the type of an optimiser
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from spmd_worker import smoke_config
 
-from cpsc_jax import algorithm, datasets, experiment, mesh, nets, streams, teach
+from cpsc_jax import algorithm, datasets, experiment, initial, mesh, nets, streams, teach
 from cpsc_jax.config import resolve
 from cpsc_jax.methods import METHODS
 from cpsc_jax.setup import Player, Setup
@@ -92,7 +92,7 @@ def test_no_key_of_an_iteration_serves_twice(method):
   teacher = jax.eval_shape(lambda: nets.init(net, jax.random.key(0), image))
 
   def program(key, teacher):
-    return algorithm.epoch(setup, 1)(algorithm.initial_state(setup, key, spec.image_shape), teacher)
+    return algorithm.epoch(setup, 1)(initial.state(setup, key, spec.image_shape), teacher)
 
   uses = uses_of_keys(program, streams.root(0), teacher)
   # CMI's bank remembers the very views that its loss compared.
@@ -110,6 +110,6 @@ def test_no_key_of_training_on_real_data_serves_twice():
   assert isinstance(player, Player) and player.augment
 
   def program(key, teacher, split):
-    return algorithm.epoch(real, 1)(algorithm.initial_state(real, key, spec.image_shape), teacher, split)
+    return algorithm.epoch(real, 1)(initial.state(real, key, spec.image_shape), teacher, split)
 
   assert_no_key_serves_twice(uses_of_keys(program, streams.root(0), teacher, split))

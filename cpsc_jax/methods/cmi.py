@@ -16,7 +16,7 @@ import ml_collections
 import optax
 from jax.lax import stop_gradient
 
-from cpsc_jax import algorithm, losses, nets, streams
+from cpsc_jax import initial, losses, nets, streams
 from cpsc_jax import pool as pools
 from cpsc_jax.errors import Refusal
 from cpsc_jax.methods import inversion, terms
@@ -74,7 +74,7 @@ def method(parts: Parts) -> Method:
   def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     trained, memory = base.init(key)
     variables = jax.jit(critic.init)(key, jnp.zeros((2, width)))
-    trained["critic"] = algorithm.train_state({**variables, "batch_stats": {}}, optimiser)
+    trained["critic"] = initial.train_state({**variables, "batch_stats": {}}, optimiser)
     bank = pools.empty(pool.bank // pool.batch_size, pool.batch_size, features=((2 * width,), jnp.float32))
     return trained, {**memory, "bank": bank}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cpsc_jax import algorithm, nets, sources, streams
+from cpsc_jax import initial, nets, sources, streams
 from cpsc_jax import pool as pools
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import batch_sharding, check_divisible, replicated
@@ -56,7 +56,7 @@ def inverting(
     """New latents, new labels and a new generator; the best batch so far is its first."""
     z, y = noise.draw(key, number)
     variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
-    fresh = algorithm.train_state(variables, generator.optimiser).replace(loss_scale=state.generator.loss_scale)
+    fresh = initial.train_state(variables, generator.optimiser).replace(loss_scale=state.generator.loss_scale)
     return started(parts, state, fresh, TrainState(z, {}, tx.init(z)), y)
 
   def draw(state: State, _: jax.Array) -> tuple[jax.Array, jax.Array]:
