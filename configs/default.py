@@ -64,6 +64,8 @@ def get_config(variant=""):
   s.micro_batches = 1  # as teacher.micro_batches
   s.init = "kaiming"  # of convolutions (He et al., fan out); "torch": PyTorch's default, uniform
   s.inherit = False  # whether layers start as the teacher's of the same name and shape, if there are any
+  # "own"; or "teacher": the teacher's last linear layer, which is not trained (SimKD, CVPR 2022; student.features)
+  s.classifier = "own"
   s.optimiser = "sgd"  # or "adam" or "adamw"
   s.lr = 0.1  # at its highest
   s.momentum = 0.9  # of SGD; decay of Adam's and AdamW's first moment
@@ -83,6 +85,9 @@ def get_config(variant=""):
   g.net = "cifar"
   g.conditional = True  # whether the label enters its batch norms (CFE); False for methods whose generator has none
   g.latent_dim = 256  # nz, the width of the noise
+  # NAYER: an embedding of the classes and layers drawn at random take the place of noise. "classifier": the rows of the
+  # teacher's classifier, standardised; "one_hot"; "learned"; or a .npy file with a row for each class; empty: noise
+  g.embedding = ""
   g.width = 64  # channels of the narrowest layer
   g.output = "tanh"  # as in the published code of CPSC-DFKD; "sigmoid": pixels in [0, 1], normalised afterwards
   g.init = "torch"  # PyTorch's defaults; "normal": kernels from N(0, 0.02), scales of norms from N(1, 0.02)
@@ -92,6 +97,8 @@ def get_config(variant=""):
   g.ema_share = 0.5  # share of the student's fresh samples that this average draws
   g.label_limit = 0  # labels are drawn from the first so many classes; 0: all. The published code draws from 100
   g.labels = "uniform"  # drawn one by one; "balanced": every batch has all classes equally often
+  g.between_share = 0.0  # share of the student's fresh samples that lie between classes (Qimera, NeurIPS 2021)
+  g.between = 2  # so many classes each
   g.student_mode = "eval"  # of the student in generator steps; "train": its running statistics move there
   g.stats_in_student_steps = False  # whether the generator's running statistics move in student steps
   g.micro_batches = 1  # as teacher.micro_batches
@@ -120,6 +127,9 @@ def get_config(variant=""):
   o.replay_share = 0.0
   o.fresh_share = 0.0  # share of the student's batch that the current generator draws; the rest comes from the pool
   o.dtype = "float32"  # of the images held; "uint8": as pictures of 8 bits, a quarter of the memory
+  # Whether the teacher's logits are kept beside each image, for one crop and flip that is drawn once: the teacher is
+  # asked once for an image and not at every student step.
+  o.logits = False
   o.views = 1  # crops and flips of each image of the pool in a student's batch
 
   c.schedule = e = ml_collections.ConfigDict()
@@ -172,6 +182,7 @@ def get_config(variant=""):
   w.student.channel = 0.0  # RGAL: spatial averages of the stages, projected
   w.student.l1 = 0.0  # DFAD: absolute difference of logits
   w.student.attention = 0.0  # ZSKT: attention transfer
+  w.student.features = 0.0  # SimKD: squared difference of the last features, for any method
 
   c.evaluate = v = ml_collections.ConfigDict()
   # "test", or "validation": a part held out of the training split, on which settings are to be chosen
@@ -195,6 +206,20 @@ def apply_variant(c, variant):
     smoke(c)
   elif variant:
     raise ValueError(f"no variant '{variant}' of a config; there is 'smoke'.")
+
+
+def cpu(c):
+  """What methods have in common on two CPU cores: WRN-16-1 -> WRN-10-1, which starts with layers of its teacher.
+
+  The teacher is one of others, converted (docs/teachers.md): name its folder in teacher.checkpoint. How long the run
+  is, about 20 minutes, belongs to the method.
+  """
+  c.name += "_cpu"
+  c.teacher.net, c.student.net = "wrn_16_1", "wrn_10_1"
+  c.student.update({"inherit": True, "crop_pad": 4, "flip": True, "lr": 0.1, "warmup_epochs": 0})
+  c.schedule.batch_size = c.pool.batch_size = 128
+  c.generator.width = 32
+  c.loss.kd_temperature = 20.0
 
 
 def set_weights(c, generator, student):

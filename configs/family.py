@@ -3,10 +3,11 @@
 from cpsc_jax.configs import cifar10, default, digits
 
 
-def build(method, variant, published, on_digits):
+def build(method, variant, published, on_digits, on_cpu=None):
   """The config of a method: variants "" (CIFAR-10) and "digits", and "smoke" and "digits_smoke", either cut down.
 
-  `published` sets everything that belongs to the method; `on_digits` what is different on the digits.
+  `published` sets everything that belongs to the method; `on_digits` what is different on the digits, and `on_cpu` in
+  the variant "cpu", CIFAR-10 on two CPU cores.
   """
   small = variant in ("digits", "digits_smoke")
   c = (digits if small else cifar10).get_config()
@@ -26,6 +27,10 @@ def build(method, variant, published, on_digits):
       c.generator.update({key: kept["generator"][key] for key in ("width", "latent_dim")} | {"flip": False})
       c.pool.views = 1
       on_digits(c)
+    if variant == "cpu" and on_cpu:
+      default.cpu(c)
+      on_cpu(c)
+      variant = ""
     default.apply_variant(c, "smoke" if variant.endswith("smoke") else "" if small else variant)
   return c
 

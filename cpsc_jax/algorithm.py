@@ -15,14 +15,16 @@ from cpsc_jax import gradients, nets, streams
 from cpsc_jax.gradients import Aux
 from cpsc_jax.initial import shardings
 from cpsc_jax.mesh import batch_sharding, replicated
-from cpsc_jax.setup import LATENTS, Setup, Term
-from cpsc_jax.state import Losses, State, Tree, View, Weights
+from cpsc_jax.setup import LATENTS, Setup, Teach, Term
+from cpsc_jax.state import Batch, Losses, Output, State, Tree, View, Weights
 from cpsc_jax.streams import Stream
 
 Step = Callable[[State, jax.Array], tuple[State, Losses]]
 
 
-def iteration(setup: Setup, generator_step: Step, student_step: Step) -> Callable[[State, Any], tuple[State, dict]]:
+def iteration(
+  setup: Setup, generator_step: Step, student_step: Step, teach: Teach | None = None
+) -> Callable[[State, Any], tuple[State, dict]]:
   """n_g generator updates, then n_s student updates; for scanning."""
   method, generator, student = setup.method, setup.generator, setup.student
 
@@ -32,7 +34,7 @@ def iteration(setup: Setup, generator_step: Step, student_step: Step) -> Callabl
     if generator and generator.steps:  # min L_G over G; S, T fixed
       keys = streams.keys(key, Stream.GENERATOR_STEPS, generator.steps)
       state, losses["generator"] = jax.lax.scan(generator_step, state, keys)
-    state = method.keep(state)
+    state = method.keep(state, streams.key(key, Stream.KEEP), teach)
     keys = streams.keys(key, Stream.STUDENT_STEPS, student.steps)
     state, losses["student"] = learn(state, keys)  # min L_S over S; G, T fixed
     return state.tick(), losses
@@ -64,10 +66,11 @@ def student_step(setup: Setup, teacher: Tree, data: Any = None) -> Step:
   """One update of the student on a batch of its source."""
 
   def step(state: State, key: jax.Array) -> tuple[State, Losses]:
-    state, x, y = setup.method.source(state, streams.key(key, Stream.SOURCE), data)
-    if setup.student.augment:
-      x = setup.student.augment(streams.key(key, Stream.AUGMENTATION), x)
-    state, aux = student_update(setup, teacher, state, x, y, key)
+    state, batch = setup.method.source(state, streams.key(key, Stream.SOURCE), data)
+    if setup.student.augment and batch.logits is None:
+      images = setup.student.augment(streams.key(key, Stream.AUGMENTATION), batch.images)
+      batch = batch.replace(images=images)
+    state, aux = student_update(setup, teacher, state, batch, key)
     return state, aux.losses
 
   return step
@@ -127,30 +130,30 @@ def generator_loss(setup: Setup, teacher: Tree, state: State) -> Callable[..., t
   return loss
 
 
-def student_update(
-  setup: Setup, teacher: Tree, state: State, x: jax.Array, y: jax.Array, key: jax.Array
-) -> tuple[State, Aux]:
-  """The state after one student update on images x (N, H, W, K) with labels y (N,), and what its loss returned."""
+def student_update(setup: Setup, teacher: Tree, state: State, batch: Batch, key: jax.Array) -> tuple[State, Aux]:
+  """The state after one student update on a batch, and what its loss returned."""
   student, loss = state.student, student_loss(setup, state.hyper.student)
 
-  def teach(batch: Tree) -> Any:
-    return setup.teacher.apply(teacher, batch[0], train=False) if setup.teacher else None
+  def teach(batch: Batch) -> Output | None:
+    if batch.logits is not None:
+      return Output(batch.logits)
+    return setup.teacher.apply(teacher, batch.images, train=False) if setup.teacher else None
 
   stats, policy = student.batch_stats, setup.student.policy
-  got = gradients.take(loss, student.params, stats, (x, y), key, policy, student.loss_scale, teach)
+  got = gradients.take(loss, student.params, stats, batch, key, policy, student.loss_scale, teach)
   new = student.updated(setup.student.optimiser, got.grads, got.aux.stats, state.hyper.student.lr)
   new = gradients.keep_finite(got.finite, new, student).replace(loss_scale=got.loss_scale)
   return state.replace(student=new), got.aux
 
 
 def student_loss(setup: Setup, weights: Weights) -> Callable[..., tuple[jax.Array, Aux]]:
-  """L_S as a loss for `gradients.take`: of the student's parameters, a batch (x, y) and the teacher's output on it."""
+  """L_S as a loss for `gradients.take`: of the student's parameters, a batch and the teacher's output on it."""
 
-  def loss(params: Tree, stats: Tree, batch: Tree, t: Any, key: jax.Array) -> tuple[jax.Array, Aux]:
-    (x, y), dropout = batch, streams.key(key, Stream.DROPOUT)
+  def loss(params: Tree, stats: Tree, batch: Batch, t: Output | None, key: jax.Array) -> tuple[jax.Array, Aux]:
+    dropout = streams.key(key, Stream.DROPOUT)
     variables = {"params": params, "batch_stats": stats}
-    s, stats = nets.forward(setup.student.net, variables, x, train=True, key=dropout)
-    view = View(y, t, s, key=streams.key(key, Stream.TERMS))
+    s, stats = nets.forward(setup.student.net, variables, batch.images, train=True, key=dropout)
+    view = View(batch.labels, t, s, key=streams.key(key, Stream.TERMS), targets=batch.targets)
     losses = weighted_sum(setup.method.student_terms, weights.terms, view)
     return losses.total, Aux(losses, stats, {"student": s})
 
@@ -163,12 +166,17 @@ def weighted_sum(terms: dict[str, Term], weights: dict[str, jax.Array], view: Vi
   return Losses(sum(weights[name] * value for name, value in values.items()), values)
 
 
+def teach_with(setup: Setup, teacher: Tree) -> Teach:
+  """images (N, H, W, K) -> the teacher's `Output`."""
+  return lambda images: setup.teacher.apply(teacher, images, train=False)
+
+
 def epoch(setup: Setup, iterations: int) -> Callable[[State, Tree, Any], tuple[State, dict[str, Losses]]]:
   """(state, teacher variables, data) -> (state, losses of each player, (iterations, steps)), for jit and vmap."""
 
   def run(state: State, teacher: Tree, data: Any = None) -> tuple[State, dict[str, Losses]]:
     steps = generator_step(setup, teacher), student_step(setup, teacher, data)
-    return jax.lax.scan(iteration(setup, *steps), state, length=iterations)
+    return jax.lax.scan(iteration(setup, *steps, teach_with(setup, teacher)), state, length=iterations)
 
   return run
 

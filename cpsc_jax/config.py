@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from cpsc_jax import methods, nets
 from cpsc_jax.datasets import Dataset
@@ -16,6 +17,7 @@ from cpsc_jax.setup import Player
 Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
 REAL_ARMS = ("real_kd", "real_labels")
+EMBEDDINGS = ("classifier", "one_hot", "learned")
 CHOICES = {
   "arm": ("distill", "untrained_generator", *REAL_ARMS),
   "precision": ("float32", "bfloat16", "float16"),
@@ -37,6 +39,7 @@ CHOICES = {
   "student.init": ("kaiming", "torch"),
   "student.optimiser": ("sgd", "adam", "adamw"),
   "student.schedule": ("cosine", "published_steps", "steps"),
+  "student.classifier": ("own", "teacher"),
   "student.head": ("trained", "frozen"),
   "teacher.optimiser": ("sgd", "adam", "adamw"),
   "teacher.schedule": ("cosine", "cosine_per_epoch", "steps"),
@@ -99,6 +102,7 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   config.student.update({"init": "torch" if resnet else "kaiming", "clip": 0.0, "lr_end": 0.0})
   config.student.update({"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "published_steps"})
   config.student.inherit, config.pool.replay_share, config.generator.ema = False, 0.0, 0.0
+  config.student.classifier, config.generator.between_share = "own", 0.0
   config.loss.update({"kl_classes": "sum", "kd_standardise": False})
   config.teacher.schedule = "cosine_per_epoch"
   config.evaluate.headline = "best"
@@ -176,6 +180,33 @@ def check_method(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None
   methods.check(config, mesh)
 
 
+def check_embedding(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  kind = config.generator.embedding
+  if kind and config.method != "nayer":
+    raise Refusal(f"config.generator.embedding is '{kind}', which is method 'nayer' alone's; leave it empty.")
+  if kind and kind not in EMBEDDINGS:
+    read_embedding(kind, spec.num_classes)
+
+
+def read_embedding(path: str, num_classes: int) -> np.ndarray:
+  """The user's embedding of classes from a .npy file: (num_classes, D) float32.
+
+  Raises:
+    Refusal: no such file, another shape, or numbers that are not finite.
+  """
+  needed = f"it must be one of {', '.join(EMBEDDINGS)}, or a .npy file with one row of numbers for each class"
+  try:
+    rows = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise Refusal(f"config.generator.embedding is '{path}', which cannot be read ({error}); {needed}.") from None
+  if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[0] != num_classes or not rows.shape[1]:
+    shape = getattr(rows, "shape", "no array")
+    raise Refusal(f"config.generator.embedding is '{path}' of shape {shape}; {needed}, so ({num_classes}, width).")
+  if not np.issubdtype(rows.dtype, np.floating) or not np.isfinite(rows).all():
+    raise Refusal(f"config.generator.embedding is '{path}', whose numbers are not all finite; {needed}.")
+  return rows.astype(np.float32)
+
+
 def check_augmentation(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   players = ("student", "generator") if config.teacher.checkpoint else ("student", "generator", "teacher")
   for player in players:
@@ -219,6 +250,14 @@ def check_terms(config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher:
   nobody = Player(net=None, optimiser=None, steps=0)  # the terms do not depend on the generator
   head = config.student.micro_batches > 1 and has_trained_head(config, spec, teacher)
   methods.method(methods.Parts(config, None, nobody, teacher, spec.image_shape, mesh, trained_head=head))
+  same_width = student.features or config.student.classifier == "teacher"
+  if same_width and len(feature_widths(config, spec, teacher)) == 2:
+    key = "loss.student.features" if student.features else "student.classifier"
+    raise Refusal(
+      f"config.{key} is {student.features or 'teacher'}, which needs a student whose last features are as wide as the"
+      f" teacher's; those of {config.student.net} are not. Leave it as it is by default or choose another"
+      " config.student.net."
+    )
   if not (student.channel or student.attention or student.triplet or generator.triplet or generator.activation):
     return  # tracing two nets takes seconds where they are deep
   ours = nets.output_shapes(nets.classifier(config.student.net, spec.num_classes), spec.image_shape)
@@ -243,9 +282,13 @@ def check_terms(config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher:
 
 def has_trained_head(config: Config, spec: Dataset, teacher: Any) -> bool:
   """Whether the student is given a feature head that learns, because its features are not as wide as the teacher's."""
+  return config.student.head == "trained" and len(feature_widths(config, spec, teacher)) == 2
+
+
+def feature_widths(config: Config, spec: Dataset, teacher: Any) -> set[int]:
+  """How wide the last features of student and teacher are: one number if they agree."""
   student = nets.classifier(config.student.net, spec.num_classes)
-  widths = {nets.feature_width(net, spec.image_shape) for net in (student, teacher)}
-  return config.student.head == "trained" and len(widths) == 2
+  return {nets.feature_width(net, spec.image_shape) for net in (student, teacher)}
 
 
 CHECKS = (
@@ -255,6 +298,7 @@ CHECKS = (
   check_nets,
   check_batches,
   check_method,
+  check_embedding,
   check_augmentation,
   check_splits,
 )
@@ -262,7 +306,7 @@ CHECKS = (
 
 def waiting_epochs(config: Config) -> int:
   """Epochs at the start in which the student is not trained (FastDFKD's warm-up)."""
-  return config.loss.meta.warmup_episodes // config.schedule.iterations if "meta" in config.loss else 0
+  return config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
 
 
 def dump(config: Config) -> str:

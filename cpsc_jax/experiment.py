@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import datasets, initial, methods, nets, optim
-from cpsc_jax.config import Config, waiting_epochs
+from cpsc_jax.config import EMBEDDINGS, Config, read_embedding, waiting_epochs
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.gradients import Policy
@@ -26,8 +26,9 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     teacher: the teacher's module.
     card: `mean` and `std` of the teacher's input.
   """
-  generator = build_generator(config, spec, card)
+  generator = build_generator(config, spec, teacher, card)
   student, has_head = build_student(config, spec, teacher)
+  kept_layer = nets.classifier_path(student, spec.image_shape) if config.student.classifier == "teacher" else None
   iterations = config.schedule.iterations
   noise = Noise(
     latent_dim=getattr(generator.net, "latent_dim", config.generator.latent_dim),
@@ -35,10 +36,12 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     labelled=config.generator.conditional or inverts(config),
     mesh=mesh,
     balanced=config.generator.labels == "balanced",
+    between=config.generator.between,
   )
   trained_head = has_head and config.student.head == "trained"
+  form, augment = generator.net.form, augmentation(config.student, card)
   parts = config, noise, generator, teacher, spec.image_shape, mesh, trained_head
-  method = methods.method(methods.Parts(*parts, generator.net.form.mean, generator.net.form.std))
+  method = methods.method(methods.Parts(*parts, form.mean, form.std, spec.num_classes, augment))
   if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
@@ -46,10 +49,10 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   return Setup(
     student=Player(
       net=student,
-      optimiser=optim.student_optimiser(config, iterations * config.student.steps, waiting_epochs(config)),
+      optimiser=optim.student_optimiser(config, iterations * config.student.steps, waiting_epochs(config), kept_layer),
       steps=config.student.steps,
       policy=policy(config, config.student.micro_batches),
-      augment=augmentation(config.student, card),
+      augment=augment,
       loss_scaling=scales_loss(config),
       init=config.student.init,
     ),
@@ -70,15 +73,21 @@ def initial_state(
 ) -> State:
   """The state that a phase begins with, on the setup's devices.
 
-  Under config.student.inherit a student, which has a teacher, starts with layers of it.
+  Under config.student.inherit a student, which has a teacher, starts with layers of it; under config.student.classifier
+  "teacher" it has its classifier. A generator that starts from an embedding of the classes is given it.
 
   Raises:
-    Refusal: there are none of the same name and shape.
+    Refusal: there are no layers of the same name and shape; a net has no classifier that can be found.
   """
   with working("drawing the initial weights"):
     state = initial.state(setup, key, image_shape)
+    teacher = jax.tree.map(jnp.copy, teacher)  # an epoch consumes its state, which must not be the teacher itself
     if config.student.inherit and teacher is not None:
       state = _with_inherited(state, teacher)
+    if config.student.classifier == "teacher" and teacher is not None:
+      state = _with_classifier(setup, state, image_shape, teacher)
+    if config.generator.embedding and state.generator is not None:
+      state = _with_embedding(config, setup, state, image_shape, teacher)
     return initial.placed(setup, state)
 
 
@@ -93,16 +102,42 @@ def _with_inherited(state: State, teacher: Tree) -> State:
   return state.replace(student=state.student.replace(**variables))
 
 
+def _with_classifier(setup: Setup, state: State, image_shape: tuple[int, int, int], teacher: Tree) -> State:
+  layer = nets.classifier_layer(setup.teacher, teacher, image_shape)
+  path = nets.classifier_path(setup.student.net, image_shape)
+  params = nets.with_classifier(state.student.params, path, layer)
+  return state.replace(student=state.student.replace(params=params))
+
+
+def _with_embedding(
+  config: Config, setup: Setup, state: State, image_shape: tuple[int, int, int], teacher: Tree
+) -> State:
+  kind, net = config.generator.embedding, setup.generator.net
+  if kind in ("learned", "one_hot"):
+    return state
+  if kind == "classifier":
+    rows = nets.classifier_layer(setup.teacher, teacher, image_shape)["kernel"].T.astype(jnp.float32)
+    rows = (rows - rows.mean(axis=1, keepdims=True)) / rows.std(axis=1, keepdims=True)
+  else:
+    rows = jnp.asarray(read_embedding(kind, net.num_classes))
+  stats = nets.with_embedding(state.generator.batch_stats, rows)
+  return state.replace(generator=state.generator.replace(batch_stats=stats))
+
+
 def build_teacher(config: Config, card: dict) -> Any:
   """The module of a card, computing in the config's precision."""
   return nets.classifier(card["net"], card["num_classes"], compute_dtype(config))
 
 
-def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
+def build_generator(config: Config, spec: Dataset, teacher: Any, card: dict) -> Player:
   c = config.generator
   classes = spec.num_classes if c.conditional else 1
   form, dtype = nets.Form.of(c, card), compute_dtype(config)
   net = nets.generator(c.net, classes, spec.image_size, spec.channels, c.width, dtype, form)
+  if c.embedding:
+    layers = -(-config.pool.batch_size // spec.num_classes)
+    width, learned = embedding_width(config, spec, teacher), c.embedding == "learned"
+    net = nets.NoisyLayers(net, spec.num_classes, c.latent_dim, layers, width, learned)
   iterations = config.schedule.iterations
   every = (c.steps, 1) if inverts(config) else (iterations * c.steps, None)
   return Player(
@@ -113,6 +148,16 @@ def build_generator(config: Config, spec: Dataset, card: dict) -> Player:
     augment=augmentation(c, card),
     loss_scaling=scales_loss(config),
   )
+
+
+def embedding_width(config: Config, spec: Dataset, teacher: Any) -> int:
+  """Width of the embedding of a class that config.generator.embedding names."""
+  kind = config.generator.embedding
+  if kind == "one_hot":
+    return spec.num_classes
+  if kind in EMBEDDINGS:
+    return nets.feature_width(teacher, spec.image_shape)
+  return read_embedding(kind, spec.num_classes).shape[-1]
 
 
 def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, bool]:

@@ -170,15 +170,16 @@ def cross_entropy(
   double_softmax: bool = False,
   label_smoothing: float = 0.0,
 ) -> jax.Array:
-  """Cross-entropy with labels: (N,) from (N, C) and (N,).
+  """Cross-entropy with labels: (N,) from (N, C) and (N,), or (N, C) where labels are shares of classes.
 
   `double_softmax` passes softmax(logits) to the cross-entropy instead of the logits, as the published code does;
   `label_smoothing` is the share of the uniform distribution in the targets (Szegedy et al., CVPR 2016).
   """
   scores = jax.nn.softmax(logits_NC) if double_softmax else logits_NC
-  if not label_smoothing:
+  if not label_smoothing and labels_N.ndim == 1:
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels_N)
-  targets = optax.smooth_labels(jax.nn.one_hot(labels_N, scores.shape[-1], dtype=scores.dtype), label_smoothing)
+  shares = labels_N if labels_N.ndim == 2 else jax.nn.one_hot(labels_N, scores.shape[-1], dtype=scores.dtype)
+  targets = optax.smooth_labels(shares, label_smoothing)
   return optax.softmax_cross_entropy(scores, targets)
 
 

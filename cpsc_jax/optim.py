@@ -47,22 +47,28 @@ def restart_every_step(tx: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def student_optimiser(
-  config: ml_collections.ConfigDict, steps_per_epoch: int, waiting_epochs: int = 0
+  config: ml_collections.ConfigDict,
+  steps_per_epoch: int,
+  waiting_epochs: int = 0,
+  kept_layer: tuple[str, ...] | None = None,
 ) -> optax.GradientTransformation:
   """The student's optimiser, whose schedule begins after `waiting_epochs`.
 
-  A feature head that is `frozen` stays as it is, untouched by weight decay too.
+  A feature head that is `frozen` and the layer at `kept_layer` stay as they are, untouched by weight decay too.
   """
   epochs = (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
   tx = optimiser(config.student, steps_per_epoch, epochs)
-  if config.student.head == "trained":
+  head_is_kept = config.student.head == "frozen"
+  if not (head_is_kept or kept_layer):
     return tx
-  return optax.partition({"net": tx, "head": optax.set_to_zero()}, head_labels)
 
+  def kept(path: tuple) -> bool:
+    return (head_is_kept and nets.is_head(path)) or tuple(part.key for part in path[:-1]) == kept_layer
 
-def head_labels(params: Tree) -> Tree:
-  """`head` for parameters of a feature head, `net` for all others."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: "head" if nets.is_head(path) else "net", params)
+  def labels(params: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kept" if kept(path) else "moved", params)
+
+  return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
 
 
 def optimiser(c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:

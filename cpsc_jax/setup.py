@@ -12,13 +12,14 @@ from cpsc_jax import streams
 from cpsc_jax.gradients import Policy
 from cpsc_jax.mesh import batch_sharding
 from cpsc_jax.pool import Pool
-from cpsc_jax.state import State, Tree, View
+from cpsc_jax.state import Batch, Output, State, Tree, View
 from cpsc_jax.streams import Stream
 
 LATENTS = "latents"  # the name in `State.trained` of latents that a method optimises; the generator is given these
 
 Draw = Callable[[State, jax.Array], tuple[jax.Array, jax.Array]]
-Source = Callable[[State, jax.Array, Any], tuple[State, jax.Array, jax.Array]]
+Source = Callable[[State, jax.Array, Any], tuple[State, Batch]]
+Teach = Callable[[jax.Array], Output]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Noise:
     num_labels: labels are below it.
     labelled: whether a label means the class asked for, so that label fidelity can be measured.
     balanced: whether a batch has all labels equally often, in a random order, as far as they go.
+    between: of a sample between classes, how many classes it lies between.
     mesh: batches are split over its devices.
   """
 
@@ -51,6 +53,7 @@ class Noise:
   labelled: bool
   mesh: jax.sharding.Mesh
   balanced: bool = False
+  between: int = 2
 
   def draw(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     """`number` latents (N, nz) and labels (N,) int32, from two streams of `key`."""
@@ -61,6 +64,17 @@ class Noise:
     else:
       y = jax.random.randint(key_labels, (number,), 0, self.num_labels)
     return jax.lax.with_sharding_constraint((z, y), batch_sharding(self.mesh))
+
+  def draw_between(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """`number` points between classes: the classes (N, between) int32, and the weight of each, (N, between).
+
+    Weights are the softmax of standard normal numbers (Qimera: Choi et al., NeurIPS 2021, arXiv 2111.02625); in each
+    row the heaviest class comes first.
+    """
+    key_labels, key_weights = streams.key(key, Stream.LABELS), streams.key(key, Stream.BETWEEN)
+    y = jax.random.randint(key_labels, (number, self.between), 0, self.num_labels)
+    weights = jax.nn.softmax(jax.random.normal(key_weights, (number, self.between)))
+    return y, -jnp.sort(-weights, axis=-1)
 
 
 def _nothing(key: jax.Array) -> tuple[dict, Tree]:
@@ -82,9 +96,9 @@ class Method:
     draw: (state, key) -> (latents (N, nz), labels (N,)) of a generator update; None where nothing is generated.
     record: view -> {name: array (N, ...)}, what `observe` needs of a generator update.
     observe: (state, losses, recorded) -> state, after a generator update.
-    keep: state -> state, after the last generator update.
-    source: (state, key, data) -> (state, images (N, H, W, K), labels (N,)), what a student update learns from. `data`
-      is the training split where `cpsc_jax.teach` hands one over, and None in data-free training.
+    keep: (state, key, images -> the teacher's `Output`) -> state, after the last generator update.
+    source: (state, key, data) -> (state, `Batch`), what a student update learns from. `data` is the training split
+      where `cpsc_jax.teach` hands one over, and None in data-free training.
     samples: (state, key, label, number) -> (images (number, H, W, K), which of them exist (number,)), for diagnostics.
     pool: state -> the image pool, or None.
     noise: what the generator is asked for; None where nothing is generated.
@@ -106,7 +120,7 @@ class Method:
   draw: Draw | None = None
   record: Callable[[View], dict[str, jax.Array]] = lambda view: {}
   observe: Callable[..., State] = _unchanged
-  keep: Callable[[State], State] = _unchanged
+  keep: Callable[[State, jax.Array, Teach], State] = _unchanged
   samples: Callable[..., tuple[jax.Array, jax.Array]] | None = None
   pool: Callable[[State], Pool | None] = lambda state: None
   noise: Noise | None = None

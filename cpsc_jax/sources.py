@@ -1,7 +1,7 @@
 """Where a student's batches come from: fresh samples, an image pool, real data, or a mixture of these.
 
-A source is (state, key, data) -> (state, images (N, H, W, K) in the teacher's normalised space, labels (N,)). It may
-move its own part of the state, and nothing is differentiated through it.
+A source is (state, key, data) -> (state, `Batch`). It may move its own part of the state, and nothing is differentiated
+through it.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from cpsc_jax import datasets, nets, streams
 from cpsc_jax import pool as pools
 from cpsc_jax.mesh import batch_sharding
 from cpsc_jax.setup import Noise, Source
-from cpsc_jax.state import State, Tree
+from cpsc_jax.state import Batch, State, Tree
 from cpsc_jax.streams import Stream
 
 
@@ -29,18 +29,27 @@ def fresh(
   number: int,
   move_statistics: bool = False,
   of: Callable[[State], Tree] = of_generator,
+  between: int = 0,
 ) -> Source:
   """`number` new samples of the generator with the variables `of` a state, normalised by their own batch.
 
-  With `move_statistics` its running statistics take these batches in, as in the published code of CPSC-DFKD.
+  With `move_statistics` its running statistics take these batches in, as in the published code of CPSC-DFKD. The last
+  `between` of the samples lie between classes.
   """
 
-  def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
+  def source(state: State, key: jax.Array, _: Any) -> tuple[State, Batch]:
     z, y = noise.draw(key, number)
-    x, stats = sample_images(generator, of(state), z, y)
+    targets = None
+    if between:
+      classes, weights = noise.draw_between(streams.key(key, Stream.BETWEEN), between)
+      y = y.at[number - between :].set(classes[:, 0])
+      mixed = jnp.einsum("nk,nkc->nc", weights, jax.nn.one_hot(classes, generator.num_classes))
+      targets = jax.nn.one_hot(y, generator.num_classes).at[number - between :].set(mixed)
+      y, targets = jax.lax.with_sharding_constraint((y, targets), batch_sharding(noise.mesh))
+    x, stats = sample_images(generator, of(state), z, y if targets is None else targets)
     if move_statistics:
       state = state.replace(generator=state.generator.replace(batch_stats=stats))
-    return state, x, y
+    return state, Batch(x, y, targets)
 
   return source
 
@@ -60,10 +69,13 @@ def pooled(
   of the teacher's input, which images held as uint8 need.
   """
 
-  def source(state: State, key: jax.Array, _: Any) -> tuple[State, jax.Array, jax.Array]:
+  def source(state: State, key: jax.Array, _: Any) -> tuple[State, Batch]:
     drawn = pools.draw(state.memory["pool"], key, number)
-    x, y = jnp.repeat(restored(drawn["images"], mean, std), views, axis=0), jnp.repeat(drawn["labels"], views)
-    return state, *jax.lax.with_sharding_constraint((x, y), batch_sharding(mesh))
+    drawn["images"] = restored(drawn["images"], mean, std)
+    if "logits" in drawn:
+      drawn["logits"] = drawn["logits"].astype(drawn["images"].dtype)
+    batch = jax.tree.map(lambda x: jnp.repeat(x, views, axis=0), Batch(**drawn))
+    return state, jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
 
   return source
 
@@ -71,9 +83,10 @@ def pooled(
 def remembered(new: Source) -> Source:
   """The batches of `new`, which join the pool in `State.memory["pool"]`."""
 
-  def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
-    state, x, y = new(state, key, data)
-    return state.replace(memory={**state.memory, "pool": pools.add(state.memory["pool"], images=x, labels=y)}), x, y
+  def source(state: State, key: jax.Array, data: Any) -> tuple[State, Batch]:
+    state, batch = new(state, key, data)
+    pool = pools.add(state.memory["pool"], images=batch.images, labels=batch.labels)
+    return state.replace(memory={**state.memory, "pool": pool}), batch
 
   return source
 
@@ -97,12 +110,12 @@ def real(number: int, mean: Sequence[float], std: Sequence[float], mesh: jax.sha
   Images are normalised by the mean and standard deviation of each channel, of pixels in [0, 1].
   """
 
-  def source(state: State, _: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
+  def source(state: State, _: jax.Array, data: Any) -> tuple[State, Batch]:
     position = state.memory["position"]
     rows = jax.lax.dynamic_slice_in_dim(state.memory["order"], position, number)
     x, y = jax.lax.with_sharding_constraint((data.images[rows], data.labels[rows]), batch_sharding(mesh))
     memory = {**state.memory, "position": position + number}
-    return state.replace(memory=memory), datasets.normalise(x, mean, std), y
+    return state.replace(memory=memory), Batch(datasets.normalise(x, mean, std), y)
 
   return source
 
@@ -123,12 +136,15 @@ def shuffle(state: State, key: jax.Array, size: int) -> State:
 def mixture(parts: Sequence[Source], mesh: jax.sharding.Mesh) -> Source:
   """The batches of several sources, one after the other; each source gives as many images as its share."""
 
-  def source(state: State, key: jax.Array, data: Any) -> tuple[State, jax.Array, jax.Array]:
+  def source(state: State, key: jax.Array, data: Any) -> tuple[State, Batch]:
     batches, keys = [], streams.keys(key, Stream.PARTS, len(parts))
     for part, key in zip(parts, keys, strict=True):
-      state, x, y = part(state, key, data)
-      batches.append((x, y))
+      state, batch = part(state, key, data)
+      batches.append(batch)
+    classes = next((batch.targets.shape[-1] for batch in batches if batch.targets is not None), 0)
+    if classes:
+      batches = [b if b.targets is not None else b.replace(targets=jax.nn.one_hot(b.labels, classes)) for b in batches]
     joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *batches)
-    return state, *jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))
+    return state, jax.lax.with_sharding_constraint(joined, batch_sharding(mesh))
 
   return source

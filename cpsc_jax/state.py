@@ -31,7 +31,8 @@ class Output:
 
   Attributes:
     logits: (N, C).
-    features: (N, D), the input of the last linear layer scaled to unit L2 norm (of the feature head, if there is one).
+    features: (N, D), the input of the last linear layer scaled to unit L2 norm (of the feature head, if there is one);
+      None where nothing but logits is known.
     stages: what each stage ends with, first stage first: feature maps (N, H, W, K) or tokens (N, T, K).
     head_features: `features` with everything below a feature head detached, so that a loss on it trains the head
       alone; None without a head.
@@ -42,8 +43,8 @@ class Output:
   """
 
   logits: jax.Array
-  features: jax.Array
-  stages: tuple[jax.Array, ...]
+  features: jax.Array | None = None
+  stages: tuple[jax.Array, ...] = ()
   head_features: jax.Array | None = None
   pooled: jax.Array | None = None
   projected: tuple[jax.Array, ...] | None = None
@@ -140,17 +141,36 @@ class State:
 
 
 @struct.dataclass
+class Batch:
+  """What a student update learns from.
+
+  Attributes:
+    images: (N, H, W, K) in the teacher's normalised space.
+    labels: (N,) int32, the classes asked of the generator (or real labels); of a sample between classes, its first.
+    targets: (N, C), the share of each class in every sample, where some lie between classes; else None.
+    logits: (N, C), the teacher's on these very images, where they are known already; else None.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  targets: jax.Array | None = None
+  logits: jax.Array | None = None
+
+
+@struct.dataclass
 class View:
   """What one batch looks like to the terms of a method.
 
   Attributes:
     labels: (N,) int32, the classes asked of the generator (or real labels).
-    teacher, student: their `Output` on the batch; the teacher's has `statistics` in generator steps.
+    teacher, student: their `Output` on the batch; the teacher's has `statistics` in generator steps, and nothing but
+      logits where these were known already.
     images: (N, H, W, K) as the generator drew them, before any crop or flip.
     key: for terms that draw at random; each derives a stream of its own from it (cpsc_jax.streams).
     trained: {name: parameters} of what the method trains along.
     memory: the method's own part of the state.
     teach: images -> the teacher's `Output`, for terms of the generator.
+    targets: as in `Batch`.
   """
 
   labels: jax.Array
@@ -161,6 +181,7 @@ class View:
   trained: dict[str, Tree] = struct.field(default_factory=dict)
   memory: Tree = None
   teach: Any = struct.field(pytree_node=False, default=None)
+  targets: jax.Array | None = None
 
 
 def step_counter() -> jax.Array:

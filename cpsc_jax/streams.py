@@ -29,10 +29,12 @@ class Stream(enum.StrEnum):
   ITERATIONS = "iterations"
   BEGIN = "begin"
   GENERATOR_STEPS = "generator_steps"
+  KEEP = "keep"
   STUDENT_STEPS = "student_steps"
   # of the start of an iteration or of a step
   LATENTS = "latents"
   LABELS = "labels"
+  BETWEEN = "between"
   SOURCE = "source"
   AUGMENTATION = "augmentation"
   DROPOUT = "dropout"

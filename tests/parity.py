@@ -1,4 +1,4 @@
-"""Helpers of the parity tests: reading reference arrays, and the two measures of closeness."""
+"""Helpers of the tests: reading reference arrays, the two measures of closeness, and a source's batch."""
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +59,9 @@ def with_weights(state, weights):
 
 def jitted_forward(net, train):
   return jax.jit(lambda variables, *inputs: nets.forward(net, variables, *inputs, train=train))
+
+
+def drawn_by(source, state, key, data=None):
+  """(state, images, labels) of a source's batch."""
+  state, batch = jax.jit(source)(state, key, data)
+  return state, batch.images, batch.labels

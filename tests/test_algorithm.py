@@ -79,7 +79,7 @@ def test_an_iteration_is_the_papers_order():
 
     return run
 
-  method = Method({}, {}, source=None, begin=lambda state, key: note(state, 1), keep=lambda state: note(state, 3))
+  method = Method({}, {}, source=None, begin=lambda state, key: note(state, 1), keep=lambda state, *_: note(state, 3))
   player = functools.partial(Player, net=None, optimiser=None)
   setup = Setup(player(steps=3), method, None, {}, generator=player(steps=2))
   iteration = algorithm.iteration(setup, step(2), step(4))

@@ -17,6 +17,7 @@ from cpsc_jax.configs import (
   dfad_cifar10,
   digits,
   fast_cifar10,
+  nayer_cifar10,
   rgal_cifar10,
   tiny_imagenet,
   zskt_cifar10,
@@ -34,6 +35,7 @@ OTHER_METHODS = {
   "deepinversion": deepinversion_cifar10,
   "dfad": dfad_cifar10,
   "fast": fast_cifar10,
+  "nayer": nayer_cifar10,
   "rgal": rgal_cifar10,
   "zskt": zskt_cifar10,
 }
@@ -49,12 +51,13 @@ OWN_KEYS = {
     "pool.bank",
   },
   "fast": {
-    "loss.meta.bn_momentum",
-    "loss.meta.form",
-    "loss.meta.latent_lr",
-    "loss.meta.redraw_episode",
-    "loss.meta.warmup_episodes",
+    "episodes.bn_momentum",
+    "episodes.form",
+    "episodes.latent_lr",
+    "episodes.redraw_at",
+    "episodes.warmup",
   },
+  "nayer": {"episodes.bn_momentum", "episodes.life", "episodes.warmup", "episodes.warmup_life"},
 }
 TEST_ONLY = datasets.Dataset(10, 8, 1, (0.3,), (0.4,), {"test": 454}, photographs=False)
 

@@ -19,7 +19,7 @@ EPISODES = 3
 OPTIMISED = {"xla_backend_optimization_level": 3}  # for XLA's own convolutions, which are those in float64
 CHANGES = {
   "generator.steps": 3,
-  "loss.meta.warmup_episodes": 2,
+  "episodes.warmup": 2,
   "loss.generator.adversarial": 0.7,
   "schedule.epochs": 10,
 }
@@ -60,18 +60,18 @@ def blend(momentum, new, old):
 def test_episodes_equal_pytorch(form):
   """The generator, its copy, the latents and the statistics, over episodes that share the outer Adam."""
   with jax.enable_x64(True):
-    setup, teacher, state = start.__wrapped__("fast", **CHANGES, **{"loss.meta.form": form})
+    setup, teacher, state = start.__wrapped__("fast", **CHANGES, **{"episodes.form": form})
     teacher, state = double(teacher), double(state)
     c = CONFIG(form)
     theta = TorchAdam(state.generator.params, c.generator.steps * c.generator.lr, c.generator.b1, c.generator.b2)
-    moments, step = None, jax.jit(algorithm.iteration(setup, *steps(setup, teacher)), compiler_options=OPTIMISED)
+    moments, step = None, jax.jit(algorithm.epoch(setup, 1), compiler_options=OPTIMISED)
     gradient = jax.jit(jax.grad(loss_of(setup, teacher), has_aux=True), compiler_options=OPTIMISED)
     for episode in range(EPISODES):
       key = streams.nth(state.key, Stream.ITERATIONS, state.step)
       begun = setup.method.begin(state, streams.key(key, Stream.BEGIN))
       z, y = begun.trained[LATENTS].params, begun.memory["labels"]
       copy = TorchAdam(theta.tree, c.generator.lr, c.generator.b1, c.generator.b2)
-      latents = TorchAdam(z, c.loss.meta.latent_lr, c.generator.b1, c.generator.b2)
+      latents = TorchAdam(z, c.episodes.latent_lr, c.generator.b1, c.generator.b2)
       assert_trees_close(without_gradient(begun.generator.params), without_gradient(theta.tree), 1e-7)
       total, least, best = None, np.inf, None
       for k in streams.keys(key, Stream.GENERATOR_STEPS, c.generator.steps):
@@ -85,10 +85,10 @@ def test_episodes_equal_pytorch(form):
       if form == "reptile":
         total = jax.tree.map(lambda old, new: 67.0 * (old - new), theta.tree, copy.tree)
       theta.step(total)
-      moments = seen if moments is None else blend(c.loss.meta.bn_momentum, seen, moments)
+      moments = seen if moments is None else blend(c.episodes.bn_momentum, seen, moments)
 
       before = jax.device_get(state.student.params)
-      state, losses = step(state, None)
+      state, losses = step(state, teacher)
       assert_trees_close(without_gradient(state.generator.params), without_gradient(theta.tree), 1e-7)
       assert_trees_close(state.memory["moments"], moments, 1e-8)
       assert_close(state.memory["best"]["images"], best, 1e-7)
@@ -102,11 +102,7 @@ def test_episodes_equal_pytorch(form):
 def CONFIG(form):
   from test_methods import resolved
 
-  return resolved("fast", **CHANGES, **{"loss.meta.form": form})
-
-
-def steps(setup, teacher):
-  return algorithm.generator_step(setup, teacher), algorithm.student_step(setup, teacher)
+  return resolved("fast", **CHANGES, **{"episodes.form": form})
 
 
 def moments_in(state, moments):
@@ -132,7 +128,7 @@ def loss_of(setup, teacher):
     stored = {"/".join(layer): m for layer, m in t.statistics.stored.items()}
     compared = jax.tree.map(lambda a, b: jnp.where(episode > 0, a, b), blend(0.9, seen, moments), seen)
     bn = sum(jnp.linalg.norm(compared[layer][n] - stored[layer][n]) for layer in seen for n in ("mean", "var"))
-    adversarial = jnp.where(episode + 1 >= CHANGES["loss.meta.warmup_episodes"], -kl, 0.0)
+    adversarial = jnp.where(episode + 1 >= CHANGES["episodes.warmup"], -kl, 0.0)
     value = weights["bn"] * bn + weights["ce"] * ce + weights["adversarial"] * adversarial
     return value, (value, images, seen)
 
@@ -140,7 +136,7 @@ def loss_of(setup, teacher):
 
 
 def test_the_first_layer_is_drawn_anew_once():
-  setup, _, state = start.__wrapped__("fast", **{"loss.meta.redraw_episode": 2})
+  setup, _, state = start.__wrapped__("fast", **{"episodes.redraw_at": 2})
   begin, keep = jax.jit(setup.method.begin), jax.jit(setup.method.keep)
   before = state.generator.params
   state = begin(state, jax.random.key(1))
@@ -156,7 +152,7 @@ def test_the_first_layer_is_drawn_anew_once():
 def test_samples_of_the_warm_up_are_not_the_students():
   setup, _, _ = start.__wrapped__("fast", **CHANGES)
   c = CONFIG("maml")
-  drawn, waiting = record._samples_drawn(c, setup), c.loss.meta.warmup_episodes
+  drawn, waiting = record._samples_drawn(c, setup), c.episodes.warmup
   each = c.schedule.batch_size * c.student.steps
   assert drawn["student"] == (c.schedule.epochs * c.schedule.iterations - waiting) * each
   assert drawn["generator"] == c.schedule.epochs * c.schedule.iterations * c.pool.batch_size * c.generator.steps

@@ -251,8 +251,8 @@ def latent_gradient(setup, weights, teacher, state, z, y):
 
 def student_update(setup, teacher, state, z, y):
   given = types.SimpleNamespace(draw=lambda key, number: (z, y))
-  state, x, y = sources.fresh(setup.generator.net, given, len(y), move_statistics=True)(state, KEY, None)
-  return algorithm.student_update(setup, teacher, state, x, y, KEY)
+  state, batch = sources.fresh(setup.generator.net, given, len(y), move_statistics=True)(state, KEY, None)
+  return algorithm.student_update(setup, teacher, state, batch, KEY)
 
 
 PROGRAMS = (generator_update, latent_gradient, student_update)

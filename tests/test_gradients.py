@@ -14,7 +14,7 @@ from test_algorithm import KEY, SHAPE, equal, make_setup
 
 from cpsc_jax import algorithm, gradients, initial, nets
 from cpsc_jax.gradients import Policy
-from cpsc_jax.state import Output
+from cpsc_jax.state import Batch, Output
 
 PLAYERS = ("generator", "student")
 
@@ -75,7 +75,7 @@ def updates(setup, teacher, state):
   x = jax.random.normal(jax.random.key(3), (12, *SHAPE), state.student.params["fc"]["kernel"].dtype)
   return {
     "generator": jax.jit(lambda s: algorithm.generator_update(setup, teacher, s, z.astype(x.dtype), y, KEY)[0]),
-    "student": jax.jit(lambda s: algorithm.student_update(setup, teacher, s, x, y, KEY)[0]),
+    "student": jax.jit(lambda s: algorithm.student_update(setup, teacher, s, Batch(x, y), KEY)[0]),
   }
 
 
@@ -222,6 +222,6 @@ def test_dropout_of_the_student_follows_the_key():
   state = initial.state(setup, jax.random.key(0), SHAPE)
   assert isinstance(Dropped().apply(state.student.variables, jnp.ones((2, *SHAPE)), train=False), Output)
   x, y = jnp.ones((12, *SHAPE)), jnp.arange(12) % 10
-  update = jax.jit(lambda key: algorithm.student_update(setup, teacher, state, x, y, key)[0].student.params)
+  update = jax.jit(lambda key: algorithm.student_update(setup, teacher, state, Batch(x, y), key)[0].student.params)
   one, again, other = update(jax.random.key(1)), update(jax.random.key(1)), update(jax.random.key(2))
   assert equal(one, again) and not equal(one, other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command
 from cpsc_jax.configs import default, rgal_cifar10
-from parity import assert_close
+from parity import assert_close, drawn_by
 from spmd_worker import smoke_config as config_of
 from test_algorithm import equal
 from test_losses import softmax
@@ -34,11 +34,11 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.main import main
 from cpsc_jax.methods import METHODS, cmi, rgal
 from cpsc_jax.setup import LATENTS
-from cpsc_jax.state import Output, View
+from cpsc_jax.state import Batch, Output, View
 from cpsc_jax.streams import Stream
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-INVERTING = ("rgal", "deepinversion", "cmi", "fast")
+INVERTING = ("rgal", "deepinversion", "cmi", "fast", "nayer")
 DIGITS = datasets.DATASETS["digits"]
 # The terms that a smoke config gives a weight, and those of them that compare samples across the batch.
 ACTIVE = {
@@ -50,6 +50,7 @@ ACTIVE = {
   "deepinversion": ({"ce", "bn", "variation", "adversarial"}, {"kd"}),
   "cmi": ({"bn", "ce", "adversarial", "views"}, {"kd"}),
   "fast": ({"bn", "ce", "adversarial"}, {"kd"}),
+  "nayer": ({"bn", "ce", "adversarial"}, {"kd"}),
 }
 COUPLED = {"bn", "scl", "triplet", "balance", "variation", "norm", "views"}
 
@@ -78,6 +79,11 @@ def start(method, /, **changes):
   setup = experiment.build(c, DIGITS, net, {"mean": DIGITS.mean, "std": DIGITS.std}, devices)
   teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, 8, 8, 1)))
   return setup, mesh.replicate(teacher, devices), first_state(setup)
+
+
+def kept_by(setup, state, teacher=None):
+  """The state after the end of an iteration's generator updates."""
+  return setup.method.keep(state, jax.random.key(9), algorithm.teach_with(setup, teacher))
 
 
 def terms_of(setup):
@@ -264,14 +270,14 @@ def test_inversion_keeps_the_batch_of_the_least_loss():
       lowest, images = float(losses.total), np.asarray(best["images"])
     assert float(best["loss"]) == pytest.approx(lowest, rel=1e-6)
     assert np.array_equal(best["images"], images)
-  kept = setup.method.keep(state).memory["pool"].arrays
+  kept = kept_by(setup, state).memory["pool"].arrays
   assert np.array_equal(kept["images"][0], images) and np.array_equal(kept["labels"][0], state.memory["labels"])
 
 
 def test_an_untrained_generator_fills_the_pool_too():
   setup, teacher, state = start("rgal", arm="untrained_generator")
   state = jax.jit(setup.method.begin)(state, jax.random.key(1))
-  after = setup.method.keep(state)
+  after = kept_by(setup, state)
   assert setup.generator.steps == 0
   assert np.asarray(after.memory["pool"].arrays["images"][0]).std() > 0
 
@@ -283,9 +289,9 @@ def test_a_share_of_the_students_batch_can_be_fresh(method):
   state = jax.jit(setup.method.begin)(state, jax.random.key(1))
   images = jnp.full_like(state.memory["best"]["images"], 100.0)
   state = state.replace(memory={**state.memory, "best": {**state.memory["best"], "images": images}})
-  state = setup.method.keep(state)
+  state = kept_by(setup, state)
   key = jax.random.key(3)
-  after, x, y = jax.jit(setup.method.source)(state, key, None)
+  after, x, y = drawn_by(setup.method.source, state, key)
   assert x.shape == (32, 8, 8, 1) and y.shape == (32,)
   pooled = np.all(np.asarray(x) == 100, axis=(1, 2, 3))
   assert pooled.tolist() == [False] * 8 + [True] * 24
@@ -300,8 +306,8 @@ def test_a_share_of_the_students_batch_can_be_fresh(method):
 
 def test_without_a_fresh_share_the_whole_batch_is_of_the_pool():
   setup, _, state = start("rgal", **{"pool.dtype": "float32"})
-  state = setup.method.keep(jax.jit(setup.method.begin)(state, jax.random.key(1)))
-  _, x, _ = jax.jit(setup.method.source)(state, jax.random.key(3), None)
+  state = kept_by(setup, jax.jit(setup.method.begin)(state, jax.random.key(1)))
+  _, x, _ = drawn_by(setup.method.source, state, jax.random.key(3))
   held = np.asarray(state.memory["pool"].arrays["images"][0])
   assert all(any(np.array_equal(image, one) for one in held) for image in np.asarray(x))
 
@@ -318,14 +324,14 @@ def test_a_pool_of_8_bits_holds_pictures():
   np.testing.assert_allclose(back, np.asarray(datasets.normalise(held, mean, std)))
   setup, _, state = start("rgal", **{"pool.dtype": "uint8"})
   state = jax.jit(setup.method.begin)(state, jax.random.key(1))
-  kept = setup.method.keep(state).memory["pool"].arrays["images"]
+  kept = kept_by(setup, state).memory["pool"].arrays["images"]
   assert kept.dtype == jnp.uint8
 
 
 def test_a_pool_gives_several_views_of_an_image():
   setup, _, state = start("rgal", **{"pool.views": 2, "student.crop_pad": 1})
-  state = setup.method.keep(jax.jit(setup.method.begin)(state, jax.random.key(1)))
-  _, x, y = jax.jit(setup.method.source)(state, jax.random.key(3), None)
+  state = kept_by(setup, jax.jit(setup.method.begin)(state, jax.random.key(1)))
+  _, x, y = drawn_by(setup.method.source, state, jax.random.key(3))
   assert x.shape[0] == y.shape[0] == 32
   assert np.array_equal(x[::2], x[1::2]) and np.array_equal(y[::2], y[1::2])
   assert len(np.unique(np.asarray(x[::2]).reshape(16, -1), axis=0)) > 8
@@ -341,7 +347,8 @@ def test_earlier_batches_are_replayed():
   source = jax.jit(setup.method.source)
   seen = []
   for i in range(4):
-    state, x, _ = source(state, jax.random.key(i), None)
+    state, batch = source(state, jax.random.key(i), None)
+    x = batch.images
     assert x.shape[0] == 32
     seen.append(np.asarray(x[:24]))
     ring = state.memory["pool"]
@@ -355,16 +362,16 @@ def test_earlier_batches_are_replayed():
 
 def test_the_average_of_the_generator_draws_a_share():
   setup, teacher, state = start.__wrapped__("cpsc", **{"generator.ema": 0.9, "generator.ema_share": 0.25})
-  first = jax.jit(algorithm.iteration(setup, *(f(setup, teacher) for f in STEPS)))
-  after, _ = first(state, None)
+  first = jax.jit(algorithm.epoch(setup, 1))
+  after, _ = first(state, teacher)
   average = after.memory["average"]
   assert equal(average, after.generator.variables), "after one iteration it is the generator"
-  again, _ = first(after, None)
+  again, _ = first(after, teacher)
   want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, average, again.generator.variables)
   for a, b in zip(jax.tree.leaves(again.memory["average"]), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   key = jax.random.key(7)
-  _, x, y = jax.jit(setup.method.source)(again, key, None)
+  _, x, y = drawn_by(setup.method.source, again, key)
   z, labels = setup.method.noise.draw(streams.nth(key, Stream.PARTS, 1), 8)
   old, _ = sources.sample_images(setup.generator.net, again.memory["average"], z, labels)
   np.testing.assert_allclose(x[24:], old, rtol=1e-4, atol=1e-5)
@@ -450,7 +457,7 @@ def test_projections_are_trained_and_not_saved():
   assert isinstance(setup.student.net, nets.StageProjections)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8, 8, 1)), jnp.float32)
   update = jax.jit(functools.partial(algorithm.student_update, setup))
-  after, _ = update(teacher, state, x, jnp.arange(32) % 10, jax.random.key(0))
+  after, _ = update(teacher, state, Batch(x, jnp.arange(32) % 10), jax.random.key(0))
   assert not equal(after.student.params["stage_0"], state.student.params["stage_0"])
   net, variables = nets.deployed(setup.student.net, after.student.variables)
   assert nets.count_parameters(variables["params"]) == 77562

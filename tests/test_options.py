@@ -1,16 +1,23 @@
 """Options that the configs of other methods need, against PyTorch or their formulas."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cpsc_jax.configs import default
 from parity import assert_close
-from test_algorithm import make_setup
+from test_algorithm import equal, make_setup
+from test_methods import DIGITS, resolved, start
 
-from cpsc_jax import datasets, experiment, losses, nets, optim
+from cpsc_jax import algorithm, datasets, experiment, losses, nets, optim, streams
 from cpsc_jax.errors import Refusal
+from cpsc_jax.mesh import make_mesh
 from cpsc_jax.nets.generators import Form
+from cpsc_jax.nets.layers import CategoricalBatchNorm
+from cpsc_jax.setup import Noise
+from cpsc_jax.streams import Stream
 
 
 def logits(seed, shape=(7, 5), scale=3.0):
@@ -183,3 +190,135 @@ def test_inheriting_nothing_is_refused():
   other = nets.init(nets.classifier("vgg11", 10), jax.random.key(9), jnp.zeros((2, 8, 8, 3)))
   with pytest.raises(Refusal, match="no layer of the same name and shape"):
     experiment.initial_state(config, setup, jax.random.key(0), (8, 8, 3), other)
+
+
+# Samples between classes, kept logits, the teacher's classifier.
+
+
+@pytest.mark.parametrize("net", ["cifar", "dcgan"])
+def test_a_share_of_the_classes_mixes_their_norms(net):
+  """One-hot shares are the labels themselves; others lie on the line between two rows of every norm."""
+  net = nets.generator(net, 4, 16, 1, 4)
+  z, labels = jax.random.normal(jax.random.key(0), (6, 5)), jnp.array([0, 1, 2, 3, 0, 1])
+  variables = nets.init(net, jax.random.key(1), z, labels)
+  params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(2), a.shape), variables["params"])
+  variables = {**variables, "params": params}
+  want, _ = nets.forward(net, variables, z, labels, train=True)
+  got, _ = nets.forward(net, variables, z, jax.nn.one_hot(labels, 4), train=True)
+  assert_close(got, want, 1e-5)
+
+  norm = CategoricalBatchNorm(num_classes=4)
+  tables = {name: params["cbn0"][name] for name in ("scale", "bias")}
+  x = jax.random.normal(jax.random.key(3), (6, 3, 3, tables["scale"].shape[-1]))
+  shares = jnp.array([[0.25, 0.75, 0, 0]] * 6)
+  mixed, _ = norm.apply({"params": tables}, x, shares, True, mutable=["batch_stats"])
+  ends = [norm.apply({"params": tables}, x, jnp.full(6, i), True, mutable=["batch_stats"])[0] for i in (0, 1)]
+  assert_close(mixed, 0.25 * ends[0] + 0.75 * ends[1], 1e-5)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_share_of_the_students_samples_lies_between_classes(average):
+  changes = {"generator.between_share": 0.25, "generator.between": 3, "generator.ema": average}
+  setup, teacher, state = start("cpsc", **changes)
+  if average:
+    state = state.replace(memory={"average": state.generator.variables})
+  _, batch = jax.jit(setup.method.source)(state, jax.random.key(4), None)
+  targets, labels = np.asarray(batch.targets), np.asarray(batch.labels)
+  assert targets.shape == (32, 10)
+  np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+  between = targets.max(1) < 1 - 1e-6
+  assert 6 <= between.sum() <= 8 and (np.count_nonzero(targets, axis=1) <= 3).all()
+  assert np.array_equal(targets[~between].argmax(1), labels[~between])
+  _, found = jax.jit(algorithm.student_step(setup, teacher))(state, jax.random.key(5))
+  assert all(np.isfinite(value) for value in found.terms.values())
+
+
+def test_points_between_classes():
+  noise = Noise(4, 10, True, make_mesh(), between=3)
+  y, weights = noise.draw_between(jax.random.key(0), 500)
+  assert y.shape == weights.shape == (500, 3) and y.dtype == jnp.int32 and np.unique(y).size == 10
+  np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+  assert np.all(np.diff(weights, axis=1) <= 0)
+
+
+def test_cross_entropy_of_shares_equals_pytorch():
+  torch = pytest.importorskip("torch")
+  shares = jax.nn.softmax(logits(3))
+  given = (torch.tensor(np.asarray(x)) for x in (logits(0), shares))
+  theirs = torch.nn.functional.cross_entropy(*given, reduction="none")
+  assert_close(losses.cross_entropy(logits(0), shares), theirs.numpy(), 1e-5)
+
+
+KEPT = {"pool.logits": True, "student.crop_pad": 1, "loss.student.channel": 0.0, "loss.student.triplet": 0.0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_kept_logits_are_the_teachers_on_the_kept_view(dtype):
+  """Every image is stored as one crop of itself, and the student's step takes neither a crop nor the teacher."""
+  setup, teacher, state = start("rgal", **KEPT, **{"pool.dtype": dtype})
+  state = jax.jit(setup.method.begin)(state, jax.random.key(1))
+  before = np.asarray(state.memory["best"]["images"])
+  state = setup.method.keep(state, jax.random.key(2), algorithm.teach_with(setup, teacher))
+  _, batch = jax.jit(setup.method.source)(state, jax.random.key(3), None)
+  want = setup.teacher.apply(teacher, batch.images, train=False).logits
+  np.testing.assert_allclose(batch.logits, want, rtol=2e-3, atol=2e-3)  # float16 holds eleven bits
+  held = np.asarray(state.memory["pool"].arrays["images"][0], np.float32)
+  assert held.shape == before.shape and not np.allclose(held, before, atol=0.1)
+
+  nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), teacher)
+  step = jax.jit(algorithm.student_step(setup, nothing))
+  key = jax.random.key(3)
+  _, found = step(state, key)
+  _, batch = setup.method.source(state, streams.key(key, Stream.SOURCE), None)
+  update = jax.jit(lambda batch: algorithm.student_update(setup, teacher, state, batch, key)[1].losses.total)
+  assert float(found.total) == pytest.approx(float(update(batch.replace(logits=None))), rel=5e-3)
+
+
+def test_the_teachers_classifier_is_kept():
+  """The student starts with it and ends with it, whatever weight decay does to the other layers."""
+  changes = {"student.classifier": "teacher", "loss.student.features": 1.0, "student.crop_pad": 0}
+  setup, teacher, _ = start("cpsc", **changes)
+  c = resolved("cpsc", **changes)
+  state = experiment.initial_state(c, setup, jax.random.key(0), DIGITS.image_shape, teacher)
+  assert equal(state.student.params["fc"], teacher["params"]["fc"])
+  after, found = jax.jit(algorithm.student_step(setup, teacher))(state, jax.random.key(1))
+  assert equal(after.student.params["fc"], teacher["params"]["fc"])
+  assert not equal(after.student.params["conv1"], state.student.params["conv1"])
+  _, batch = setup.method.source(state, streams.key(jax.random.key(1), Stream.SOURCE), None)
+  t = setup.teacher.apply(teacher, batch.images, train=False).pooled
+  s, _ = nets.forward(setup.student.net, state.student.variables, batch.images, train=True)
+  assert float(found.terms["features"]) == pytest.approx(float(np.mean((np.asarray(t) - s.pooled) ** 2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"student.inherit": True}, {"student.classifier": "teacher"}])
+def test_what_a_student_takes_over_is_a_copy(changes):
+  """An epoch consumes its state and leaves the teacher as it was."""
+  setup, teacher, _ = start("cpsc", **changes)
+  before = jax.device_get(teacher)
+  state = experiment.initial_state(resolved("cpsc", **changes), setup, jax.random.key(0), DIGITS.image_shape, teacher)
+  state, _ = algorithm.compile_epoch(setup, 1)(state, teacher)
+  assert equal(jax.device_get(teacher), before) and not equal(state.student.params["conv1"], before["params"]["conv1"])
+
+
+@pytest.mark.parametrize(
+  ("method", "changes", "said"),
+  [
+    ("cpsc", {"generator.between_share": 1.0}, "config.generator.between_share is 1.0; it must be at least 0 and less"),
+    ("cpsc", {"generator.between_share": 0.5, "generator.conditional": False}, "its norms carry no class"),
+    ("cpsc", {"generator.between_share": 0.5, "pool.replay_share": 0.5}, "a replayed image has one class"),
+    ("cpsc", {"generator.between_share": 0.5, "generator.between": 1}, "config.generator.between is 1; it must be at"),
+    ("rgal", {"generator.between_share": 0.5}, "method 'rgal' has no generator whose norms carry the class"),
+    ("cpsc", {"pool.logits": True}, "method 'cpsc' learns from fresh samples"),
+    ("rgal", {"pool.logits": True}, "config.loss.student.channel needs more; set one of"),
+    ("rgal", {**KEPT, "pool.fresh_share": 0.5}, "of one view of each image in the pool"),
+    (
+      "cpsc",
+      {"student.classifier": "teacher", "student.net": "wrn_10_2"},
+      "config.student.classifier is teacher, which",
+    ),
+    ("cpsc", {"loss.student.features": 2.0, "student.net": "wrn_10_2"}, "config.loss.student.features is 2.0, which"),
+  ],
+)
+def test_options_that_do_not_go_together_are_refused(method, changes, said):
+  with pytest.raises(Refusal, match=re.escape(said)):
+    resolved(method, **changes)

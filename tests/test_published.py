@@ -212,12 +212,43 @@ PUBLISHED = {
     "student.crop_pad": 4,
     "student.flip": True,
     "loss.kd_temperature": 20.0,
-    "loss.meta.form": "maml",
-    "loss.meta.latent_lr": 0.01,
-    "loss.meta.bn_momentum": 0.9,
-    "loss.meta.warmup_episodes": 20,
-    "loss.meta.redraw_episode": 140,
+    "episodes.form": "maml",
+    "episodes.latent_lr": 0.01,
+    "episodes.bn_momentum": 0.9,
+    "episodes.warmup": 20,
+    "episodes.redraw_at": 140,
     "loss.generator": {"bn": 10.0, "ce": 0.4, "adversarial": 1.1},
+    "loss.student": {"kd": 1.0},
+  },
+  "nayer": CMI_GENERATOR
+  | {
+    "teacher.net": "wrn_40_2",
+    "student.net": "wrn_16_1",
+    "schedule.epochs": 20 * 10 // 2 + 100,
+    "schedule.iterations": 2,
+    "schedule.batch_size": 512,
+    "pool.size": (20 * 10 + 100 * 2) * 400,
+    "pool.batch_size": 400,
+    "pool.dtype": "uint8",
+    "generator.latent_dim": 1000,
+    "generator.lr": 4e-3,
+    "generator.steps": 30,
+    "generator.crop_pad": 4,
+    "generator.flip": True,
+    "student.steps": 400 // 2,
+    "student.lr": 0.2,
+    "student.lr_end": 2e-4,
+    "student.weight_decay": 1e-4,
+    "student.schedule": "cosine",
+    "student.warmup_epochs": 0,
+    "student.crop_pad": 4,
+    "student.flip": True,
+    "loss.kd_temperature": 20.0,
+    "episodes.bn_momentum": 0.9,
+    "episodes.warmup": 20 * 10,
+    "episodes.life": 10 * 2,
+    "episodes.warmup_life": 10 * 10,
+    "loss.generator": {"bn": 10.0, "ce": 0.5, "adversarial": 1.33},
     "loss.student": {"kd": 1.0},
   },
 }
@@ -242,7 +273,7 @@ def test_config_is_as_published(method):
 @pytest.mark.parametrize(("variant", "steps", "lr", "latent_lr"), [(":two", 2, 5e-3, 0.015), (":five", 5, 3e-3, 0.01)])
 def test_fast_in_fewer_steps(variant, steps, lr, latent_lr):
   config = config_of("fast", variant)
-  assert (config.generator.steps, config.generator.lr, config.loss.meta.latent_lr) == (steps, lr, latent_lr)
+  assert (config.generator.steps, config.generator.lr, config.episodes.latent_lr) == (steps, lr, latent_lr)
 
 
 def test_rgal_of_the_paper():

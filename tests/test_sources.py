@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import drawn_by
 
 from cpsc_jax import datasets, mesh, nets, pool, sources, streams
 from cpsc_jax.setup import Noise
@@ -74,7 +75,7 @@ def test_noise_is_a_stream_of_its_own_for_latents_and_labels():
 @pytest.mark.parametrize("moves", [False, True])
 def test_fresh_samples_are_the_generators_normalised_by_their_batch(moves):
   net, state = generator()
-  after, x, y = jax.jit(sources.fresh(net, NOISE, 12, move_statistics=moves))(state, KEY, None)
+  after, x, y = drawn_by(sources.fresh(net, NOISE, 12, move_statistics=moves), state, KEY)
   z, labels = NOISE.draw(KEY, 12)
   want, stats = nets.forward(net, state.generator.variables, z, labels, train=True)
   np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
@@ -93,7 +94,7 @@ def test_nothing_is_differentiated_through_fresh_samples():
 
   def total(params):
     given = state.replace(generator=state.generator.replace(params=params))
-    return jnp.sum(sources.fresh(net, NOISE, 4)(given, KEY, None)[1])
+    return jnp.sum(sources.fresh(net, NOISE, 4)(given, KEY, None)[1].images)
 
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(state.generator.params)))
 
@@ -101,13 +102,13 @@ def test_nothing_is_differentiated_through_fresh_samples():
 @pytest.mark.parametrize("batches", [1, 2, 5])
 def test_pooled_images_come_from_the_pool_with_their_labels(batches):
   state = state_with({"pool": filled_pool(batches)})
-  after, x, y = jax.jit(sources.pooled(400, DEVICES))(state, KEY, None)
+  after, x, y = drawn_by(sources.pooled(400, DEVICES), state, KEY)
   assert equal(after.memory, state.memory)
   assert x.shape == (400, 8, 8, 3) and np.ptp(np.asarray(x), axis=(1, 2, 3)).max() == 0
   assert np.array_equal(np.asarray(x)[:, 0, 0, 0] / 100, np.asarray(y) // 10), "images keep their labels"
   kept = range(max(1, batches - 2), batches + 1)
   assert set(np.asarray(y).tolist()) == {10 * number + row for number in kept for row in range(4)}
-  _, _, others = jax.jit(sources.pooled(400, DEVICES))(state, jax.random.key(8), None)
+  _, _, others = drawn_by(sources.pooled(400, DEVICES), state, jax.random.key(8))
   assert not np.array_equal(y, others)
 
 
@@ -119,7 +120,8 @@ def real_batches(split, batch, steps, state=None, epoch=0):
     state = sources.shuffle(state_with(memory), jax.random.fold_in(KEY, epoch), SIZE)
   rows = []
   for _ in range(steps):
-    state, x, y = source(state, KEY, split)
+    state, batch = source(state, KEY, split)
+    x, y = batch.images, batch.labels
     want = (split.images[y] / 255.0 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 1.0])
     np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6)
     rows.append(np.asarray(y).tolist())
@@ -165,7 +167,7 @@ def test_a_mixture_has_the_shares_of_its_parts_in_order():
   net, state = generator()
   state = state.replace(memory={"pool": filled_pool(2)})
   parts = [sources.fresh(net, NOISE, 3), sources.pooled(9, DEVICES)]
-  after, x, y = jax.jit(sources.mixture(parts, DEVICES))(state, KEY, None)
+  after, x, y = drawn_by(sources.mixture(parts, DEVICES), state, KEY)
   assert x.shape == (12, 8, 8, 3) and y.shape == (12,)
   z, labels = NOISE.draw(streams.nth(KEY, Stream.PARTS, 0), 3)
   fresh, _ = sources.sample_images(net, state.generator.variables, z, labels)
@@ -179,8 +181,8 @@ def test_the_parts_of_a_mixture_have_keys_of_their_own():
   """The same source twice gives two batches, and neither is what the mixture's own key would give."""
   net, state = generator()
   part = sources.fresh(net, NOISE, 5)
-  _, x, y = jax.jit(sources.mixture([part, part], DEVICES))(state, KEY, None)
-  _, plain, _ = jax.jit(part)(state, KEY, None)
+  _, x, y = drawn_by(sources.mixture([part, part], DEVICES), state, KEY)
+  _, plain, _ = drawn_by(part, state, KEY)
   for a, b in ((x[:5], x[5:]), (x[:5], plain), (x[5:], plain)):
     assert np.abs(np.asarray(a) - np.asarray(b)).max() > 0.1
 
@@ -190,7 +192,7 @@ def test_the_parts_of_a_mixture_move_their_own_part_of_the_state(split):
   net, state = generator()
   state = sources.shuffle(state.replace(memory=sources.empty_order(20)), KEY, SIZE)
   parts = [sources.real(4, (0, 0, 0), (1, 1, 1), DEVICES), sources.fresh(net, NOISE, 4, move_statistics=True)]
-  after, x, y = jax.jit(sources.mixture(parts, DEVICES))(state, KEY, split)
+  after, x, y = drawn_by(sources.mixture(parts, DEVICES), state, KEY, split)
   assert int(after.memory["position"]) == 4 and np.array_equal(y[:4], state.memory["order"][:4])
   np.testing.assert_allclose(x[:4, 0, 0, 0] * 255, y[:4], rtol=1e-5)
   assert not equal(after.generator.batch_stats, state.generator.batch_stats)

@@ -6,7 +6,7 @@ from types import ModuleType
 import jax
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.methods import base, cmi, cpsc, dafl, deepinversion, dfad, fast, inversion, rgal, zskt
+from cpsc_jax.methods import base, cmi, cpsc, dafl, deepinversion, dfad, fast, inversion, nayer, rgal, terms, zskt
 from cpsc_jax.methods.base import Parts
 from cpsc_jax.setup import Method, Term
 
@@ -20,11 +20,14 @@ METHODS: dict[str, ModuleType] = {
   "deepinversion": deepinversion,
   "cmi": cmi,
   "fast": fast,
+  "nayer": nayer,
 }
 
 
 def method(parts: Parts) -> Method:
-  """The method of a config, with RGAL's two triplet terms, which any method may have, and its active terms alone.
+  """The method of a config, with the terms that any method may have, and its active terms alone.
+
+  Those are RGAL's two triplet terms and the student's `features`.
 
   Raises:
     Refusal: a weight is not 0 whose term the method does not have.
@@ -35,7 +38,7 @@ def method(parts: Parts) -> Method:
   return dataclasses.replace(
     found,
     generator_terms=active(config, "generator", {**found.generator_terms, **generator}),
-    student_terms=active(config, "student", {**found.student_terms, **student}),
+    student_terms=active(config, "student", {**found.student_terms, **student, "features": terms.FEATURES}),
   )
 
 

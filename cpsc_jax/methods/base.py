@@ -29,6 +29,8 @@ class Parts:
     mesh: the devices.
     trained_head: whether the student has a feature head that learns.
     mean, std: of the teacher's input, per channel, of pixels in [0, 1].
+    num_classes: of the teacher.
+    augment: what the student's images go through before it sees them (`Player.augment`).
   """
 
   config: ml_collections.ConfigDict
@@ -40,6 +42,8 @@ class Parts:
   trained_head: bool = False
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
+  num_classes: int = 0
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.Source, Tree]:
@@ -51,9 +55,11 @@ def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.S
   replayed, averaged = share_numbers(config)
   number = config.schedule.batch_size - replayed
   shape, move_statistics = parts.image_shape, config.generator.stats_in_student_steps
-  new = sources.fresh(net, noise, number - averaged, move_statistics)
+  between = round(config.generator.between_share * number)
+  of_average = round(between * averaged / number)
+  new = sources.fresh(net, noise, number - averaged, move_statistics, between=between - of_average)
   if averaged:
-    old = sources.fresh(net, noise, averaged, of=lambda state: state.memory["average"])
+    old = sources.fresh(net, noise, averaged, of=lambda state: state.memory["average"], between=of_average)
     new = sources.mixture([new, old], mesh)
   source = sources.mixture([sources.remembered(new), sources.pooled(replayed, mesh)], mesh) if replayed else new
 
@@ -86,9 +92,16 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   for key, share in (
     ("pool.replay_share", config.pool.replay_share),
     ("generator.ema_share", config.generator.ema_share),
+    ("generator.between_share", config.generator.between_share),
   ):
     if not 0 <= share < 1:
       raise Refusal(f"config.{key} is {share}; it must be at least 0 and less than 1.")
+  check_between(config)
+  if config.pool.logits:
+    raise Refusal(
+      f"config.pool.logits is True, but method '{config.method}' learns from fresh samples, on which the teacher is"
+      " asked anew; set it to False."
+    )
   replayed, averaged = share_numbers(config)
   fresh = config.schedule.batch_size - replayed - averaged
   for what, count in (
@@ -107,6 +120,20 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
       f"config.pool.size is {config.pool.size}, less than the {config.schedule.batch_size - replayed} new images of one"
       " student's batch; enlarge it or set config.pool.replay_share to 0."
     )
+
+
+def check_between(config: ml_collections.ConfigDict) -> None:
+  """Refuses samples between classes where the generator has none, or where their shares are forgotten."""
+  share = config.generator.between_share
+  if not share:
+    return
+  given = f"config.generator.between_share is {share}"
+  if not config.generator.conditional:
+    raise Refusal(f"{given}, but config.generator.conditional is False: its norms carry no class; set one of the two.")
+  if config.pool.replay_share:
+    raise Refusal(f"{given}, but a replayed image has one class; set it or config.pool.replay_share to 0.")
+  if config.generator.between < 2:
+    raise Refusal(f"config.generator.between is {config.generator.between}; it must be at least 2.")
 
 
 def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: dict[str, Term]) -> Method:
@@ -128,7 +155,7 @@ def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: d
   def init(key: jax.Array) -> tuple[dict[str, TrainState], Tree]:
     return {}, memory(key)
 
-  def keep(state: State) -> State:
+  def keep(state: State, *_: Any) -> State:
     """The average follows the generator; in the first iteration it is the generator."""
     if not decay:
       return state

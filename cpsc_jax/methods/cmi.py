@@ -22,7 +22,7 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.methods import inversion, terms
 from cpsc_jax.methods.base import Parts
 from cpsc_jax.nets.layers import linear, unit
-from cpsc_jax.setup import Method, Term
+from cpsc_jax.setup import Method, Teach, Term
 from cpsc_jax.state import Output, State, TrainState, Tree, View
 from cpsc_jax.streams import Stream
 
@@ -78,8 +78,8 @@ def method(parts: Parts) -> Method:
     bank = pools.empty(pool.bank // pool.batch_size, pool.batch_size, features=((2 * width,), jnp.float32))
     return trained, {**memory, "bank": bank}
 
-  def keep(state: State) -> State:
-    state = base.keep(state)
+  def keep(state: State, key: jax.Array, teach: Teach) -> State:
+    state = base.keep(state, key, teach)
     bank = pools.add(state.memory["bank"], features=state.memory["best"]["features"])
     return state.replace(memory={**state.memory, "bank": bank})
 

@@ -15,11 +15,12 @@ from cpsc_jax import pool as pools
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import batch_sharding, check_divisible, replicated
 from cpsc_jax.methods.base import Parts
-from cpsc_jax.setup import LATENTS, Method, Term
+from cpsc_jax.setup import LATENTS, Method, Teach, Term
 from cpsc_jax.state import Losses, State, TrainState, Tree, View
 from cpsc_jax.streams import Stream
 
 Recorded = dict[str, jax.Array]
+OF_LOGITS = ("kd", "l2", "l1", "ce")  # the student's terms that need the teacher's logits, or nothing of it
 
 
 def inverting(
@@ -29,38 +30,43 @@ def inverting(
   record: Callable[[View], Recorded] = lambda view: {},
   recorded_shapes: dict[str, tuple[int, ...]] | None = None,
   latent_optimiser: optax.GradientTransformation | None = None,
+  latents: bool = True,
 ) -> Method:
   """A method of this kind, whose latents are moved by the generator's optimiser or by one of their own.
 
-  `record` gives what is kept of a batch beside its images, {name: (N, ...)}, and `recorded_shapes` the shapes of one
-  sample of it. `State.memory` is {"pool", "best": {"loss", "images", ...}, "labels"}: the best batch of the iteration
-  so far, and the labels that were asked for.
+  Without `latents` it has none to move. `record` gives what is kept of a batch beside its images, {name: (N, ...)},
+  and `recorded_shapes` the shapes of one sample of it. `State.memory` is {"pool", "best": {"loss", "images", ...},
+  "labels"}: the best batch of the iteration so far, and the labels that were asked for.
   """
   config, noise, generator, mesh = parts.config, parts.noise, parts.generator, parts.mesh
   number, shape = config.pool.batch_size, parts.image_shape
   tx = latent_optimiser or generator.optimiser
 
   def init(_: jax.Array) -> tuple[dict[str, TrainState], Tree]:
-    z = jnp.zeros((number, noise.latent_dim))
     shapes = {"images": shape, **(recorded_shapes or {})}
     best = {name: jnp.zeros((number, *each)) for name, each in shapes.items()}
     slots = config.pool.size // number
+    held = {"images": (shape, jnp.dtype(config.pool.dtype)), "labels": ((), jnp.int32)}
+    if config.pool.logits:
+      held["logits"] = ((parts.num_classes,), jnp.float16)
     memory = {
-      "pool": pools.empty(slots, number, images=(shape, jnp.dtype(config.pool.dtype)), labels=((), jnp.int32)),
+      "pool": pools.empty(slots, number, **held),
       "best": {**best, "loss": jnp.zeros(())},
       "labels": jnp.zeros((number,), jnp.int32),
     }
-    return {LATENTS: TrainState(z, {}, jax.jit(tx.init)(z))}, memory
+    z = jnp.zeros((number, noise.latent_dim))
+    return {LATENTS: TrainState(z, {}, jax.jit(tx.init)(z))} if latents else {}, memory
 
   def begin(state: State, key: jax.Array) -> State:
     """New latents, new labels and a new generator; the best batch so far is its first."""
     z, y = noise.draw(key, number)
     variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
     fresh = initial.train_state(variables, generator.optimiser).replace(loss_scale=state.generator.loss_scale)
-    return started(parts, state, fresh, TrainState(z, {}, tx.init(z)), y)
+    return started(parts, state, fresh, y, z, TrainState(z, {}, tx.init(z)))
 
   def draw(state: State, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return state.trained[LATENTS].params, state.memory["labels"]
+    z = state.trained[LATENTS].params if latents else jnp.zeros((number, noise.latent_dim))
+    return z, state.memory["labels"]
 
   def with_images(view: View) -> Recorded:
     return {"images": view.images, **record(view)}
@@ -72,11 +78,17 @@ def inverting(
     best = {name: jnp.where(better, new[name], best[name]) for name in best}
     return state.replace(memory={**state.memory, "best": best})
 
-  def keep(state: State) -> State:
+  def keep(state: State, key: jax.Array, teach: Teach) -> State:
+    """The best batch joins the pool; under pool.logits one view of it, with what the teacher says of that view."""
     memory = state.memory
-    images = sources.stored(memory["best"]["images"], config.pool.dtype, parts.mean, parts.std)
-    pool = pools.add(memory["pool"], images=images, labels=memory["labels"])
-    return state.replace(memory={**memory, "pool": pool})
+    images, batch = memory["best"]["images"], {"labels": memory["labels"]}
+    if config.pool.logits and parts.augment:
+      images = parts.augment(streams.key(key, Stream.AUGMENTATION), images)
+    batch["images"] = sources.stored(images, config.pool.dtype, parts.mean, parts.std)
+    if config.pool.logits:
+      seen = sources.restored(batch["images"], parts.mean, parts.std)
+      batch["logits"] = teach(seen).logits.astype(jnp.float16)
+    return state.replace(memory={**memory, "pool": pools.add(memory["pool"], **batch)})
 
   def samples(state: State, key: jax.Array, label: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     pool = state.memory["pool"]
@@ -105,20 +117,25 @@ def inverting(
     noise=noise,
     batch_size=number,
     shardings=shardings,
-    optimisers={LATENTS: tx},
+    optimisers={LATENTS: tx} if latents else {},
     keeps_generator=False,
     fidelity="pool_fidelity",
   )
 
 
-def started(parts: Parts, state: State, generator: TrainState, latents: TrainState, labels: jax.Array) -> State:
-  """A state in which `generator` and `latents` are to be optimised; the best batch so far is their first."""
-  x, _ = sources.sample_images(parts.generator.net, generator.variables, latents.params, labels)
+def started(
+  parts: Parts, state: State, generator: TrainState, y: jax.Array, z: jax.Array, latents: TrainState | None = None
+) -> State:
+  """A state in which `generator`, and `latents` if there are any, are to be optimised.
+
+  The best batch so far is their first: the images of z (N, nz) for the classes y (N,).
+  """
+  x, _ = sources.sample_images(parts.generator.net, generator.variables, z, y)
   best = {**state.memory["best"], "loss": jnp.array(jnp.inf), "images": x}
   new = {
     "generator": generator,
-    "trained": {**state.trained, LATENTS: latents},
-    "memory": {**state.memory, "best": best, "labels": labels},
+    "trained": {**state.trained, **({LATENTS: latents} if latents else {})},
+    "memory": {**state.memory, "best": best, "labels": y},
   }
   old = {name: getattr(state, name) for name in new}
   return state.replace(**jax.tree.map(lambda a, b: a.astype(b.dtype), new, old))
@@ -161,6 +178,22 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     raise Refusal(
       f"config.pool.views is {config.pool.views}, but all views of an image are the same without crops and flips; set"
       " config.student.crop_pad or config.student.flip, or config.pool.views to 1."
+    )
+  others = [name for name, weight in config.loss.student.items() if weight and name not in (*OF_LOGITS, "head")]
+  if config.pool.logits and others:
+    raise Refusal(
+      f"config.pool.logits keeps nothing of the teacher but its logits, and config.loss.student.{others[0]} needs more;"
+      " set one of the two to False or 0."
+    )
+  if config.pool.logits and (config.pool.fresh_share or config.pool.views > 1):
+    raise Refusal(
+      "config.pool.logits keeps the teacher's logits of one view of each image in the pool; set config.pool.fresh_share"
+      " to 0 and config.pool.views to 1, or config.pool.logits to False."
+    )
+  if config.generator.between_share:
+    raise Refusal(
+      f"config.generator.between_share is {config.generator.between_share}, but method '{config.method}' has no"
+      " generator whose norms carry the class; set it to 0."
     )
   if config.generator.micro_batches != 1:
     raise Refusal("config.generator.micro_batches must be 1 for methods that optimise their latents.")

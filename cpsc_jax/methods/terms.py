@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.lax import stop_gradient
 
@@ -39,7 +40,7 @@ def label_cross_entropy(label_smoothing: float = 0.0, double_softmax: bool = Fal
 
   def value(v: View) -> jax.Array:
     options = {"double_softmax": double_softmax, "label_smoothing": label_smoothing}
-    return losses.cross_entropy(v.student.logits, v.labels, **options)
+    return losses.cross_entropy(v.student.logits, v.labels if v.targets is None else v.targets, **options)
 
   return Term(value)
 
@@ -57,7 +58,12 @@ def teacher_cross_entropy(v: View) -> jax.Array:
   return losses.cross_entropy(v.teacher.logits, v.labels)
 
 
+def feature_difference(v: View) -> jax.Array:
+  return jnp.mean(jnp.square(stop_gradient(v.teacher.pooled) - v.student.pooled), axis=-1)
+
+
 BN = Term(batch_norm, couples_batch=True)
 CE = Term(teacher_cross_entropy)
+FEATURES = Term(feature_difference)
 ACTIVATION = Term(lambda v: losses.activation(v.teacher.pooled))
 BALANCE = Term(lambda v: losses.balance(v.teacher.logits), couples_batch=True)

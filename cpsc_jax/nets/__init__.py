@@ -20,7 +20,15 @@ from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
 from cpsc_jax.nets.adapted import Adapted, adapt
-from cpsc_jax.nets.generators import PLAIN, CifarGenerator, DCGANGenerator, Form, Pixels
+from cpsc_jax.nets.generators import (
+  PLAIN,
+  CifarGenerator,
+  DCGANGenerator,
+  Form,
+  NoisyLayers,
+  Pixels,
+  with_embedding,
+)
 from cpsc_jax.nets.layers import (
   HEAD,
   Dtype,
@@ -216,6 +224,35 @@ def feature_width(net: nn.Module, image_shape: tuple[int, ...]) -> int:
   return output_shapes(net, image_shape).features.shape[-1]
 
 
+def classifier_path(net: nn.Module, image_shape: tuple[int, ...]) -> tuple[str, ...]:
+  """Where among the parameters the linear layer stands that makes logits of features.
+
+  Raises:
+    Refusal: no layer or more than one has a kernel of that shape.
+  """
+  output, variables = jax.eval_shape(partial(net.init_with_output, train=False), *_abstract_inputs(image_shape))
+  shape = output.features.shape[-1], output.logits.shape[-1]
+  flat = flatten_dict(variables["params"])
+  found = [path[:-1] for path, leaf in flat.items() if path[-1] == "kernel" and leaf.shape == shape]
+  if len(found) != 1:
+    raise Refusal(
+      f"{len(found) or 'no'} layers of {type(net).__name__} have a kernel {shape} from features to logits, so that its"
+      " classifier cannot be found; choose another config.generator.embedding or config.student.classifier."
+    )
+  return found[0]
+
+
+def classifier_layer(net: nn.Module, variables: Tree, image_shape: tuple[int, ...]) -> Tree:
+  """The parameters of a net's classifier (see `classifier_path`): "kernel" (D, C), and "bias" if it has one."""
+  return _at(variables["params"], classifier_path(net, image_shape))
+
+
+def with_classifier(params: Tree, path: tuple[str, ...], layer: Tree) -> Tree:
+  """A net's parameters with `layer` as its classifier, which stands at `path`."""
+  name, *rest = path
+  return {**params, name: with_classifier(params[name], tuple(rest), layer) if rest else layer}
+
+
 def observed_shapes(net: nn.Module, image_shape: tuple[int, ...]) -> Output:
   """What `forward_observed` gives for two images (H, W, K), as shapes; nothing is computed."""
 
@@ -279,9 +316,12 @@ __all__ = [
   "NETS",
   "FeatureHead",
   "Form",
+  "NoisyLayers",
   "StageProjections",
   "adapt",
   "classifier",
+  "classifier_layer",
+  "classifier_path",
   "count_parameters",
   "deployed",
   "feature_width",
@@ -296,4 +336,6 @@ __all__ = [
   "output_shapes",
   "outputs",
   "suggestion",
+  "with_classifier",
+  "with_embedding",
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cpsc_jax.nets.convolution import SAVED
-from cpsc_jax.nets.layers import CategoricalBatchNorm, Dtype, conv, linear, torch_uniform, upsample
+from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, Dtype, conv, linear, torch_uniform, upsample
 from cpsc_jax.state import Tree
 
 SLOPE = 0.2
@@ -194,3 +194,60 @@ class Pixels(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
     return z.reshape(-1, self.image_size, self.image_size, self.channels)
+
+
+class NoisyLayers(nn.Module):
+  """(nothing (N, 0), labels (N,)) -> images of `generator`: random layers stand between it and an embedding of classes.
+
+  The input of NAYER (Tran et al., CVPR 2024, section 3): the embedding of each label is batch-normalised and goes
+  through one of `layers` linear layers, whose weights are drawn from N(0, 1), and what comes out, (N, width), takes the
+  place of latents. Each layer serves `num_classes` samples, one after the other, so that a batch of whole lists of
+  classes has every class once from each.
+
+  The embedding, (num_classes, embedding_dim), is a parameter if it is `learned`; else it is kept in the collection
+  "batch_stats", which no optimiser touches. There it is one-hot, unless `with_embedding` puts another in its place.
+  """
+
+  generator: nn.Module
+  num_classes: int
+  width: int
+  layers: int
+  embedding_dim: int
+  learned: bool = False
+
+  latent_dim = 0
+
+  @property
+  def form(self) -> Form:
+    return self.generator.form
+
+  @nn.compact
+  def __call__(self, z: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
+    shape = (self.num_classes, self.embedding_dim)
+    if self.learned:
+      table = self.param("embedding", nn.initializers.normal(1.0), shape)
+    else:
+      table = self.variable("batch_stats", "embedding", jnp.eye, *shape, dtype=jnp.float32).value
+    x = BatchNorm(name="norm")(table[labels], train)
+    kernel, bias = _Noise(self.layers, self.width, name="noisy")(x)
+    number, each = x.shape[0], self.num_classes
+    groups = -(-number // each)
+    x = jnp.pad(x, ((0, groups * each - number), (0, 0))).reshape(groups, each, -1)
+    used = jnp.arange(groups) % self.layers
+    x = jnp.einsum("gcd,gdw->gcw", x, kernel[used]) + bias[used][:, None]
+    return self.generator(x.reshape(groups * each, -1)[:number], labels, train)
+
+
+class _Noise(nn.Module):
+  layers: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel = self.param("kernel", nn.initializers.normal(1.0), (self.layers, x.shape[-1], self.width))
+    return kernel, self.param("bias", nn.initializers.zeros, (self.layers, self.width))
+
+
+def with_embedding(batch_stats: Tree, rows: jax.Array) -> Tree:
+  """The batch statistics of `NoisyLayers` with an embedding (num_classes, embedding_dim)."""
+  return {**batch_stats, "embedding": rows.astype(batch_stats["embedding"].dtype)}

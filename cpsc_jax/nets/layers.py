@@ -105,7 +105,8 @@ class CategoricalBatchNorm(_Normalise):
   """Categorical feature embedding (CFE), the conditional batch norm of CPSC-DFKD.
 
   Normalises (N, ..., K) with batch statistics and no affine part, then scales and shifts every channel with rows of two
-  embedding tables looked up by the label: `scale` and `bias`, (num_classes, K), starting at ones and zeros. Running
+  embedding tables looked up by the label: `scale` and `bias`, (num_classes, K), starting at ones and zeros. Labels are
+  (N,), or (N, num_classes) of samples between classes, whose rows are mixed by these shares. Running
   statistics are updated as in `BatchNorm`. With one class it is a plain batch norm, whatever the labels; without
   `affine` it only normalises.
   """
@@ -122,9 +123,13 @@ class CategoricalBatchNorm(_Normalise):
     spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
     if not self.affine:
       return self.normalise(x, train).astype(self.dtype or x.dtype)
-    labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
-    scale = self.param("scale", self.scale_init, table)[labels_N].reshape(spread)
-    bias = self.param("bias", nn.initializers.zeros, table)[labels_N].reshape(spread)
+    scale, bias = self.param("scale", self.scale_init, table), self.param("bias", nn.initializers.zeros, table)
+    if labels_N.ndim == 2:
+      scale, bias = labels_N @ scale, labels_N @ bias
+    else:
+      labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
+      scale, bias = scale[labels_N], bias[labels_N]
+    scale, bias = scale.reshape(spread), bias.reshape(spread)
     return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
 
 

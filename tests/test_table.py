@@ -1,0 +1,128 @@
+"""benchmarks/table.py: rows come from finished runs alone; plans are resumed, stopped by a budget and refused."""
+
+import json
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from cpsc_jax.errors import Refusal
+
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import table
+from test_benchmarks import result
+
+PLAN = """from benchmarks.table import Row
+PAIR = "a pair"
+ROWS = (Row("one", "digits:smoke", seeds=(0, 1)), Row("two, other", "digits:smoke", ("--config.student.lr=0.2",)))
+PUBLISHED = (("a paper", "94.1 %", "95.7 %"),)
+"""
+# In place of a run: it waits for --wait seconds, or to be stopped, and leaves the results of its seed.
+RUN = """#!{python}
+import json, signal, sys, time, pathlib
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[3:])
+workdir = pathlib.Path(flags["workdir"]); workdir.mkdir(parents=True, exist_ok=True)
+with open(workdir / "calls", "a") as file: file.write(" ".join(sys.argv[1:]) + "\\n")
+time.sleep(float(flags.get("config.wait", 0)))
+if "config.fail" in flags: print("it broke"); sys.exit(3)
+result = json.load(open({results!r})); result["seed"] = int(flags["config.seed"])
+(workdir / "results.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+  """The path of a plan whose runs are stand-ins."""
+  (tmp_path / "results").write_text(json.dumps(finished(0, 0.9)))
+  run = tmp_path / "run"
+  run.write_text(RUN.format(python=sys.executable, results=str(tmp_path / "results")))
+  run.chmod(0o755)
+  monkeypatch.setattr(table.sys, "executable", str(run))
+  monkeypatch.setattr(table, "commit", lambda: "abc")
+  path = tmp_path / "small.py"
+  path.write_text(PLAN)
+  return path
+
+
+def finished(seed, accuracy):
+  found = result(seed, accuracy, 0.95)
+  found["teacher"]["net"] = "wrn_16_1"
+  found["hardware"] |= {"devices": 1, "device": "cpu"}
+  return found
+
+
+def calls(out, name):
+  path = out / "small" / name / "calls"
+  return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_row_is_written_from_finished_runs_alone(tmp_path, plan):
+  """Whatever else lies in the folders: a log, a history, an unfinished run."""
+  p, out = table.read(plan), tmp_path / "out"
+  text = table.table(p, table.finished(out, p))
+  assert text.count("not measured") == 2 and "| *published:* a paper | | 94.1 % |" in text and "**a pair**" in text
+  workdir = table.folder(out, p, p.rows[0], 0)
+  workdir.mkdir(parents=True)
+  (workdir / "history.json").write_text("{}")
+  workdir.with_suffix(".origin.json").write_text(json.dumps({"command": "c", "commit": "abc"}))
+  assert table.finished(out, p) == {"one": [], "two, other": []}
+  (workdir / "results.json").write_text(json.dumps(finished(0, 0.9)))
+  row = "| one | 0 | 0.9000 | 0.9000 |  | 0.9500 at 1 | 0.0900 | 0.9000 |  | 2,000 | 0 |"
+  text = table.table(p, table.finished(out, p))
+  assert row in text.splitlines() and text.count("not measured") == 1
+  assert "Teacher wrn_16_1, 0.9900; 454 images of the test split; 1 core(s) of a CPU, 1 x cpu." in text
+
+
+def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
+  out, into = tmp_path / "out", tmp_path / "page.md"
+  into.write_text("before\n<!-- table small -->\nold\n<!-- /table small -->\nafter\n")
+  argv = [str(plan), f"--out={out}", f"--into={into}", "--config.dataset.data_dir=D"]
+  assert table.main(argv) == 0
+  page, numbers = into.read_text(), json.loads(into.with_suffix(".json").read_text())
+  assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+  assert "| one | 0, 1 | 0.9000, 0.9000 | 0.9000 | 0.0000 |" in page and "not measured" not in page
+  assert [run["seed"] for run in numbers["small"]["one"]] == [0, 1]
+  other = numbers["small"]["two, other"][0]
+  assert other["commit"] == "abc" and other["command"].endswith("--config.seed=0 --config.student.lr=0.2")
+  first = (out / "small" / "two_other-0" / "calls").read_text()
+  assert "--config.dataset.data_dir=D" in first and "--config.student.lr=0.2" in first
+  assert table.main(argv) == 0 and calls(out, "one-0") == calls(out, "two_other-0") == 1, "nothing is run twice"
+  plan.write_text(PLAN.replace("0.2", "0.3"))
+  assert table.main(argv) == 2 and "was begun as" in capsys.readouterr().err
+
+
+def test_a_budget_stops_what_is_under_way_and_begins_nothing_else(tmp_path, plan, capsys):
+  out = tmp_path / "out"
+  assert table.main([str(plan), f"--out={out}", "--budget=2s", "--config.wait=60"]) == 0
+  assert "one, seed 0: stopped; the same command resumes it" in capsys.readouterr().out
+  assert [calls(out, name) for name in ("one-0", "one-1", "two_other-0")] == [1, 0, 0]
+  assert table.main([str(plan), f"--out={out}"]) == 0 and calls(out, "one-0") == 2
+
+
+def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):
+  out = tmp_path / "out"
+
+  def refused(*argv):
+    assert table.main([*argv, f"--out={out}"]) == 2
+    return capsys.readouterr().err
+
+  assert "failed with 3: it broke" in refused(str(plan), "--config.fail=1")
+  assert "--budget is '2 days'" in refused(str(plan), "--budget=2 days")
+  assert "--teacher is not an option" in refused(str(plan), "--teacher")
+  assert "cannot be read" in refused(str(tmp_path / "none.py"))
+  assert "lacks the marks <!-- table small -->" in refused(str(plan), f"--into={tmp_path / 'results'}")
+  plan.write_text("PAIR = ''")
+  assert "lacks ROWS" in refused(str(plan))
+  plan.write_text(PLAN.replace("two, other", "One"))
+  assert "two rows of the same name" in refused(str(plan))
+
+
+def test_the_plans_of_the_repository_can_be_read():
+  for path in sorted(REPOSITORY.glob("benchmarks/plans/*.py")):
+    for row in table.read(path).rows:
+      file, _, variant = row.config.partition(":")
+      assert (REPOSITORY / "configs" / f"{file}.py").is_file() and variant
+  with pytest.raises(Refusal, match="--budget is"):
+    table.seconds_of("h")
