@@ -10,8 +10,9 @@ from cpsc_jax.errors import Refusal
 
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import table
 from test_benchmarks import result
+
+from benchmarks import table
 
 PLAN = """from benchmarks.table import Row
 PAIR = "a pair"
