@@ -9,8 +9,9 @@ the same pair. Each seed of a row is a run of its own in OUT/PLAN/ROW-SEED. A fi
 where OUT was copied to. Flags after the options are given to every run, such as the folder of a teacher.
 
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
-of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run. A row is written from
-results.json of finished runs alone.
+of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
+shows accuracy against time and against images, all rows in one picture. A row is written from results.json of finished
+runs alone.
 """
 
 import argparse
@@ -31,7 +32,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
 from benchmarks.methods import KEPT, REPOSITORY, shares
+from cpsc_jax.config import waiting_epochs
 from cpsc_jax.errors import RESUME, Refusal
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name
@@ -166,6 +172,7 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> None:
   out.mkdir(parents=True, exist_ok=True)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
   write_whole(out / f"{plan.name}.json", (json.dumps(found, indent=2) + "\n").encode())
+  draw(out, plan, out / f"{plan.name}.png")
   if not into:
     return
   marks = f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"
@@ -174,9 +181,52 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> None:
   if not (begin and end):
     raise Refusal(f"{into} lacks the marks {' and '.join(marks)}; put them where the table is to stand.")
   write_whole(into, f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}".encode())
+  draw(out, plan, into.with_name(f"{plan.name}.png"))
   numbers = into.with_suffix(".json")
   known = json.loads(numbers.read_text()) if numbers.exists() else {}
   write_whole(numbers, (json.dumps(known | {plan.name: found}, indent=2) + "\n").encode())
+
+
+def timeline(workdir: pathlib.Path) -> dict[int, float]:
+  """{epoch: seconds of training up to its end}, over all starts of a run, from its TensorBoard events."""
+  seconds = {}
+  for file in sorted((workdir / "events").iterdir()):
+    begin = before = 0.0
+    for event in EventFileLoader(str(file)).Load():
+      if event.WhichOneof("what") == "session_log":
+        begin, before = event.wall_time, seconds.get(event.step - 1, 0.0)
+      elif event.step:
+        seconds[event.step] = before + event.wall_time - begin
+  return seconds
+
+
+def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
+  """Accuracy of every finished run against minutes of its training and against the images its student saw, as a PNG."""
+  figure = Figure(figsize=(11, 4.2), layout="constrained")
+  by_time, by_images = figure.subplots(1, 2, sharey=True)
+  for number, row in enumerate(plan.rows):
+    for seed in row.seeds:
+      workdir = folder(out, plan, row, seed)
+      if not (workdir / "results.json").exists():
+        continue
+      results = json.loads((workdir / "results.json").read_text())
+      history = json.loads((workdir / "history.json").read_text())["student"]
+      measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
+      resting = waiting_epochs(ConfigDict(results["config"]))
+      each = results["samples"]["student"] / (len(history) - resting) / 1000
+      accuracy = [entry["accuracy"] for entry in measured]
+      style = {"label": row.name if seed == row.seeds[0] else None, "color": f"C{number}"}
+      by_time.plot([seconds[entry["epoch"]] / 60 for entry in measured], accuracy, **style)
+      by_images.plot([max(entry["epoch"] - resting, 0) * each for entry in measured], accuracy, **style)
+  by_time.set(xlabel="minutes of training", ylabel="accuracy", title=plan.pair)
+  by_images.set(xlabel="images that the student has seen, thousands")
+  for axis in (by_time, by_images):
+    axis.grid(alpha=0.3)
+  if by_time.lines:
+    by_time.legend()
+  scratch = path.with_name(f".{path.name}")
+  figure.savefig(scratch, dpi=120, format="png")
+  os.replace(scratch, path)
 
 
 def commit() -> str:

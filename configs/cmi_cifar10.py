@@ -5,6 +5,7 @@ whose figure is 88.82 % (best epoch, teacher of 94.87 %). With such images: 90.0
 ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config cmi_cifar10:digits` is CMI on the digits; docs/results.md has its accuracy.
+`:cpu` is cut to two CPU cores.
 """
 
 import ml_collections
@@ -12,7 +13,7 @@ from cpsc_jax.configs import default, family
 
 
 def get_config(variant=""):
-  c = family.build("cmi", variant, published, on_digits)
+  c = family.build("cmi", variant, published, on_digits, on_cpu)
   if variant.endswith("smoke"):
     c.pool.bank, c.loss.views.negatives = 64, 32
   return c
@@ -43,3 +44,10 @@ def on_digits(c):
   c.loss.views.negatives = 512
   c.generator.steps, c.generator.crop_pad = 40, 1
   c.student.steps = 60
+
+
+def on_cpu(c):
+  c.schedule.epochs, c.schedule.iterations = 20, 4
+  c.pool.update({"size": 20 * 4 * c.pool.batch_size, "bank": 20 * 4 * c.pool.batch_size, "logits": True})
+  c.loss.views.negatives = 2048
+  c.generator.steps, c.student.steps = 20, 40

@@ -5,13 +5,14 @@ with 1. Published there (best epoch, teacher of 94.87 %): 65.71 %; WRN-40-1 81.3
 ResNet-18 92.22 %. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config dafl_cifar10:digits` is DAFL on the digits; docs/results.md has its accuracy.
+`:cpu` is cut to two CPU cores.
 """
 
 from cpsc_jax.configs import default, family
 
 
 def get_config(variant=""):
-  return family.build("dafl", variant, published, on_digits)
+  return family.build("dafl", variant, published, on_digits, on_cpu)
 
 
 def published(c):
@@ -28,3 +29,7 @@ def on_digits(c):
   c.generator.latent_dim, c.generator.lr = 64, 1e-4
   c.student.steps = 2
   c.loss.kd_temperature = 4.0
+
+
+def on_cpu(c):
+  c.schedule.epochs, c.schedule.iterations = 25, 40

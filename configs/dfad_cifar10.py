@@ -4,13 +4,14 @@ DFAD on CIFAR-10, ResNet-34 -> ResNet-18, with the settings of its published cod
 only; they are not known here. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config dfad_cifar10:digits` is DFAD on the digits; docs/results.md has its accuracy.
+`:cpu` is cut to two CPU cores.
 """
 
 from cpsc_jax.configs import default, family
 
 
 def get_config(variant=""):
-  return family.build("dfad", variant, published, on_digits)
+  return family.build("dfad", variant, published, on_digits, on_cpu)
 
 
 def published(c):
@@ -26,4 +27,10 @@ def on_digits(c):
   c.schedule.epochs, c.schedule.iterations = 30, 20
   c.generator.update({"latent_dim": 64, "lr": 2e-4, "milestones": ()})
   c.student.steps = 5
+  c.generator.student_mode = "eval"
+
+
+def on_cpu(c):
+  c.schedule.epochs, c.schedule.iterations = 25, 40
+  c.generator.update({"schedule": "cosine", "milestones": ()})
   c.generator.student_mode = "eval"

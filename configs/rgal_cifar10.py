@@ -7,6 +7,7 @@ rgal_cifar10:paper` has the paper's form: the teacher's stages, all of the stude
 tables of the paper are not known here. Accuracy of this code: not measured. docs/methods.md lists what differs.
 
 `--config rgal_cifar10:digits` is RGAL, in the paper's form, on the digits; docs/results.md has its accuracy.
+`:cpu` is cut to two CPU cores.
 """
 
 from cpsc_jax.configs import default, family
@@ -18,7 +19,7 @@ def get_config(variant=""):
     with c.unlocked():
       c.name += "_paper"
     return c
-  return family.build("rgal", variant, paper if variant.startswith("digits") else published, on_digits)
+  return family.build("rgal", variant, paper if variant.startswith("digits") else published, on_digits, on_cpu)
 
 
 def published(c):
@@ -49,3 +50,9 @@ def on_digits(c):
   c.pool.size, c.pool.batch_size = 5120, 64
   c.generator.steps, c.generator.crop_pad = 40, 1
   c.student.steps = 60
+
+
+def on_cpu(c):
+  c.schedule.epochs, c.schedule.iterations = 20, 4
+  c.pool.update({"size": 20 * 4 * c.pool.batch_size, "views": 1})
+  c.generator.steps, c.student.steps = 20, 40

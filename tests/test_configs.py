@@ -78,6 +78,16 @@ def keys_of(config):
   return dict(configs.flatten(config)).keys()
 
 
+def test_on_two_cores_every_student_learns_alike():
+  """Same nets, batch, augmentation and optimiser; what differs is the method's."""
+  every = [module.get_config("cpu") for module in (cifar10, *OTHER_METHODS.values())]
+  resolve(every[0])
+  for config in every[1:]:
+    ours, theirs = (dict(configs.flatten(c.student)) | {"steps": 0} for c in (every[0], config))
+    assert ours == theirs and config.schedule.batch_size == every[0].schedule.batch_size
+    assert config.teacher.net == "wrn_16_1" and config.evaluate.every == every[0].evaluate.every
+
+
 @pytest.mark.parametrize("variant", ["", "smoke"])
 @pytest.mark.parametrize("name", MODULES)
 def test_config_is_complete_and_resolves(name, variant):
@@ -88,7 +98,7 @@ def test_config_is_complete_and_resolves(name, variant):
   resolve(config)
 
 
-@pytest.mark.parametrize("variant", ["", "smoke", "digits", "digits_smoke"])
+@pytest.mark.parametrize("variant", ["", "smoke", "digits", "digits_smoke", "cpu"])
 @pytest.mark.parametrize("method", OTHER_METHODS)
 def test_config_of_another_method_is_complete_and_resolves(method, variant):
   config = OTHER_METHODS[method].get_config(variant)

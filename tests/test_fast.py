@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from parity import assert_close, assert_trees_close
 from spmd_worker import double
-from test_methods import start
+from test_methods import resolved, start
 
 from cpsc_jax import algorithm, nets, record, streams
+from cpsc_jax.errors import Refusal
 from cpsc_jax.nets.generators import redrawn
 from cpsc_jax.setup import LATENTS
 from cpsc_jax.streams import Stream
@@ -100,8 +101,6 @@ def test_episodes_equal_pytorch(form):
 
 @functools.cache
 def CONFIG(form):
-  from test_methods import resolved
-
   return resolved("fast", **CHANGES, **{"episodes.form": form})
 
 
@@ -156,3 +155,11 @@ def test_samples_of_the_warm_up_are_not_the_students():
   each = c.schedule.batch_size * c.student.steps
   assert drawn["student"] == (c.schedule.epochs * c.schedule.iterations - waiting) * each
   assert drawn["generator"] == c.schedule.epochs * c.schedule.iterations * c.pool.batch_size * c.generator.steps
+
+
+@pytest.mark.parametrize(
+  ("key", "value"), [("schedule", "cosine"), ("milestones", (3,)), ("clip", 1.0), ("optimiser", "restarted_adam")]
+)
+def test_what_would_be_ignored_is_refused(key, value):
+  with pytest.raises(Refusal, match=f"config.generator.{key} is .* by Adam at a constant rate and without clipping"):
+    resolved("fast", **{f"generator.{key}": value})

@@ -1,5 +1,6 @@
 """One contract for every row of METHODS, and the formulas of the neighbours' terms."""
 
+import dataclasses
 import functools
 import json
 
@@ -560,3 +561,23 @@ def test_zoom_shows_a_part_at_full_size():
   slopes = (seen[:, 8, 12, 0] - seen[:, 8, 4, 0]) / (8 / 15)
   assert 0.3 < slopes.min() < 0.6 and 0.75 < slopes.max() <= 1.001
   assert np.ptp(seen, axis=1).max() < 1e-5, "rows are alike"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cpsc", "fast", "nayer"])
+def test_another_family_at_64_pixels(method):
+  """ResNet-18 -> MobileNetV2 with the DCGAN generator: an iteration is finite and moves the student."""
+  spec = dataclasses.replace(DIGITS, image_size=64, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+  c = config_of(method)
+  c.teacher.net, c.student.net, c.generator.net = "resnet18", "mobilenet_v2", "dcgan"
+  c.schedule.batch_size = c.pool.batch_size = 20
+  c.pool.size, c.student.crop_pad = 20, 4
+  c = config.resolve(c, spec, mesh.make_mesh())
+  net = nets.classifier("resnet18", 10)
+  setup = experiment.build(c, spec, net, {"mean": spec.mean, "std": spec.std}, mesh.make_mesh())
+  teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, 64, 64, 3)))
+  state = experiment.initial_state(c, setup, jax.random.key(0), spec.image_shape, teacher)
+  before = jax.device_get(state.student.params)
+  state, found = algorithm.compile_epoch(setup, 1)(state, teacher)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, state.student.variables)))
+  assert not equal(before, state.student.params)

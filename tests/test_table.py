@@ -2,11 +2,15 @@
 
 import json
 import sys
+import time
+import types
 
 import pytest
 from conftest import REPOSITORY
 
+from cpsc_jax import events as events_module
 from cpsc_jax.errors import Refusal
+from cpsc_jax.events import Events
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -21,14 +25,15 @@ PUBLISHED = (("a paper", "94.1 %", "95.7 %"),)
 """
 # In place of a run: it waits for --wait seconds, or to be stopped, and leaves the results of its seed.
 RUN = """#!{python}
-import json, signal, sys, time, pathlib
+import json, shutil, signal, sys, time, pathlib
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[3:])
 workdir = pathlib.Path(flags["workdir"]); workdir.mkdir(parents=True, exist_ok=True)
 with open(workdir / "calls", "a") as file: file.write(" ".join(sys.argv[1:]) + "\\n")
 time.sleep(float(flags.get("config.wait", 0)))
 if "config.fail" in flags: print("it broke"); sys.exit(3)
-result = json.load(open({results!r})); result["seed"] = int(flags["config.seed"])
+shutil.copytree({made!r}, workdir, dirs_exist_ok=True)
+result = json.load(open({made!r} + "/results.json")); result["seed"] = int(flags["config.seed"])
 (workdir / "results.json").write_text(json.dumps(result))
 """
 
@@ -36,9 +41,9 @@ result = json.load(open({results!r})); result["seed"] = int(flags["config.seed"]
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
   """The path of a plan whose runs are stand-ins."""
-  (tmp_path / "results").write_text(json.dumps(finished(0, 0.9)))
+  make(tmp_path / "made")
   run = tmp_path / "run"
-  run.write_text(RUN.format(python=sys.executable, results=str(tmp_path / "results")))
+  run.write_text(RUN.format(python=sys.executable, made=str(tmp_path / "made")))
   run.chmod(0o755)
   monkeypatch.setattr(table.sys, "executable", str(run))
   monkeypatch.setattr(table, "commit", lambda: "abc")
@@ -52,6 +57,19 @@ def finished(seed, accuracy):
   found["teacher"]["net"] = "wrn_16_1"
   found["hardware"] |= {"devices": 1, "device": "cpu"}
   return found
+
+
+def make(workdir):
+  """What a finished run of four epochs leaves, which was resumed after the second; its student rests in the first."""
+  entries = [{"epoch": epoch, "accuracy": 0.1 * epoch} for epoch in (1, 2, 3, 4)]
+  for first, last in ((1, 3), (3, 4)):
+    events = Events(workdir / "events", first)
+    for epoch in range(first, last + 1):
+      events.add(epoch, {"accuracy": 0.1 * epoch})
+    time.sleep(1.1)  # the names of event files count seconds
+  (workdir / "history.json").write_text(json.dumps({"student": entries}))
+  config = {"episodes": {"warmup": 2}, "schedule": {"iterations": 2}}
+  (workdir / "results.json").write_text(json.dumps(finished(0, 0.9) | {"config": config}))
 
 
 def calls(out, name):
@@ -69,7 +87,7 @@ def test_a_row_is_written_from_finished_runs_alone(tmp_path, plan):
   (workdir / "history.json").write_text("{}")
   workdir.with_suffix(".origin.json").write_text(json.dumps({"command": "c", "commit": "abc"}))
   assert table.finished(out, p) == {"one": [], "two, other": []}
-  (workdir / "results.json").write_text(json.dumps(finished(0, 0.9)))
+  make(workdir)
   row = "| one | 0 | 0.9000 | 0.9000 |  | 0.9500 at 1 | 0.0900 | 0.9000 |  | 2,000 | 0 |"
   text = table.table(p, table.finished(out, p))
   assert row in text.splitlines() and text.count("not measured") == 1
@@ -85,6 +103,7 @@ def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
   assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
   assert "| one | 0, 1 | 0.9000, 0.9000 | 0.9000 | 0.0000 |" in page and "not measured" not in page
   assert [run["seed"] for run in numbers["small"]["one"]] == [0, 1]
+  assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG") and (out / "small.png").exists()
   other = numbers["small"]["two, other"][0]
   assert other["commit"] == "abc" and other["command"].endswith("--config.seed=0 --config.student.lr=0.2")
   first = (out / "small" / "two_other-0" / "calls").read_text()
@@ -113,11 +132,23 @@ def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):
   assert "--budget is '2 days'" in refused(str(plan), "--budget=2 days")
   assert "--teacher is not an option" in refused(str(plan), "--teacher")
   assert "cannot be read" in refused(str(tmp_path / "none.py"))
-  assert "lacks the marks <!-- table small -->" in refused(str(plan), f"--into={tmp_path / 'results'}")
+  assert "lacks the marks <!-- table small -->" in refused(str(plan), f"--into={plan}")
   plan.write_text("PAIR = ''")
   assert "lacks ROWS" in refused(str(plan))
   plan.write_text(PLAN.replace("two, other", "One"))
   assert "two rows of the same name" in refused(str(plan))
+
+
+def test_a_run_that_was_resumed_has_one_timeline(tmp_path, monkeypatch):
+  """Time goes on where the last checkpoint was; what was lost with the interruption does not count."""
+  clock = iter(range(1000, 2000, 10))
+  monkeypatch.setattr(events_module, "time", types.SimpleNamespace(time=lambda: next(clock)))
+  for first, last in ((1, 3), (3, 4)):
+    events = Events(tmp_path / "events", first)
+    for epoch in range(first, last + 1):
+      events.add(epoch, {"accuracy": 0.5})
+    time.sleep(1.1)
+  assert table.timeline(tmp_path) == {1: 10, 2: 20, 3: 30, 4: 40}
 
 
 def test_the_plans_of_the_repository_can_be_read():

@@ -8,8 +8,17 @@ from benchmarks.table import Row
 PAIR = "CIFAR-10, WRN-16-1 -> WRN-10-1"
 ROWS = (
   Row("fast", "fast_cifar10:cpu"),
+  Row("fast, untrained generator", "fast_cifar10:cpu", ("--config.arm=untrained_generator",)),
   Row("cpsc", "cifar10:cpu"),
   Row("nayer", "nayer_cifar10:cpu"),
   Row("fast, nothing inherited", "fast_cifar10:cpu", ("--config.student.inherit=False",)),
+  Row("cpsc, untrained generator", "cifar10:cpu", ("--config.arm=untrained_generator",)),
+  Row("cmi", "cmi_cifar10:cpu"),
+  Row("rgal", "rgal_cifar10:cpu"),
+  Row("dafl", "dafl_cifar10:cpu"),
+  Row("deepinversion", "deepinversion_cifar10:cpu"),
+  Row("dfad", "dfad_cifar10:cpu"),
+  Row("zskt", "zskt_cifar10:cpu"),
+  Row("the student of fast on real images", "fast_cifar10:cpu", ("--config.arm=real_kd",)),
 )
 PUBLISHED = (("WRN-10-1 of others, trained on the real labels", "0.8806", "no teacher"),)

@@ -106,9 +106,10 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     raise Refusal(f"config.episodes.form is '{meta.form}'; it must be one of {', '.join(META)}.")
   if not meta.latent_lr > 0:
     raise Refusal(f"config.episodes.latent_lr is {meta.latent_lr}; it must be greater than 0.")
-  for key, ignored in (("schedule", config.generator.schedule != "steps"), ("clip", config.generator.clip)):
-    if ignored or (key == "schedule" and config.generator.milestones):
+  constant = {"schedule": "steps", "milestones": (), "clip": 0.0, "optimiser": "adam"}
+  for key, value in constant.items():
+    if (given := config.generator[key]) != value:
       raise Refusal(
-        f"method 'fast' trains its generator at a constant rate and without clipping; leave config.generator.{key}"
-        " as it is in configs/fast_cifar10.py."
+        f"config.generator.{key} is {given!r}, but method 'fast' trains its generator by Adam at a constant"
+        f" rate and without clipping; set it to {value!r}."
       )
