@@ -37,8 +37,9 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks.methods import KEPT, REPOSITORY, shares
-from cpsc_jax.config import waiting_epochs
+from cpsc_jax.config import differences, waiting_epochs
 from cpsc_jax.errors import RESUME, Refusal
+from cpsc_jax.main import parse
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name
 
@@ -242,13 +243,17 @@ def carry_out(row: Row, seed: int, workdir: pathlib.Path, flags: Sequence[str], 
   """Runs or resumes one seed of a row on these `cores`; tells it to stop at the time `until`.
 
   Raises:
-    Refusal: the run failed, and its last line is quoted; or the folder has a run of another command.
+    Refusal: the run failed, and its last line is quoted; or the folder has a run of another command or config.
   """
   given = [f"--config={row.config}", f"--config.seed={seed}", *row.flags]
   about = {"command": shlex.join(["cpsc-jax", *given]), "commit": commit()}
   origin = workdir.with_suffix(".origin.json")
   if origin.exists() and (known := json.loads(origin.read_text())["command"]) != about["command"]:
     raise Refusal(f"{workdir} was begun as '{known}', not as '{about['command']}'; delete it or rename the row.")
+  if (workdir / "config.json").exists():
+    config = parse(["cpsc-jax", *given, *flags])[0]
+    if differ := differences(config, json.loads((workdir / "config.json").read_text())):
+      raise Refusal(f"{workdir} was run with another {', '.join(differ)}; delete it or rename the row.")
   if (workdir / "results.json").exists() or time.monotonic() > until:
     return
   workdir.parent.mkdir(parents=True, exist_ok=True)

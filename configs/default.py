@@ -217,8 +217,8 @@ def cpu(c):
   c.name += "_cpu"
   c.teacher.net, c.student.net = "wrn_16_1", "wrn_10_1"
   c.student.update({"inherit": True, "crop_pad": 4, "flip": True, "init": "kaiming"})
-  c.student.update({"optimiser": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "clip": 0.0})
-  c.student.update({"schedule": "cosine", "lr_end": 0.0, "milestones": (), "warmup_epochs": 0})
+  c.student.update({"optimiser": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "clip": 0.0})
+  c.student.update({"schedule": "cosine", "lr_end": 2e-4, "milestones": (), "warmup_epochs": 0})
   c.schedule.batch_size = c.pool.batch_size = 128
   c.generator.width = 32
   c.evaluate.every = 5

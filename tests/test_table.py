@@ -7,6 +7,7 @@ import types
 
 import pytest
 from conftest import REPOSITORY
+from cpsc_jax.configs import digits
 
 from cpsc_jax import events as events_module
 from cpsc_jax.errors import Refusal
@@ -109,6 +110,13 @@ def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
   first = (out / "small" / "two_other-0" / "calls").read_text()
   assert "--config.dataset.data_dir=D" in first and "--config.student.lr=0.2" in first
   assert table.main(argv) == 0 and calls(out, "one-0") == calls(out, "two_other-0") == 1, "nothing is run twice"
+  config = digits.get_config("smoke").to_dict()
+  config["student"]["lr"] = 0.7
+  (out / "small" / "one-0" / "config.json").write_text(json.dumps(config))
+  assert table.main(argv) == 2 and "one-0 was run with another student.lr" in capsys.readouterr().err
+  config["student"]["lr"] = digits.get_config("smoke").student.lr
+  (out / "small" / "one-0" / "config.json").write_text(json.dumps(config))
+  assert table.main(argv) == 0
   plan.write_text(PLAN.replace("0.2", "0.3"))
   assert table.main(argv) == 2 and "was begun as" in capsys.readouterr().err
 
