@@ -48,6 +48,6 @@ def on_digits(c):
 
 def on_cpu(c):
   c.schedule.epochs, c.schedule.iterations = 20, 4
-  c.pool.update({"size": 20 * 4 * c.pool.batch_size, "bank": 20 * 4 * c.pool.batch_size, "logits": True})
+  c.pool.update({"size": 20 * 4 * c.pool.batch_size, "bank": 20 * 4 * c.pool.batch_size})
   c.loss.views.negatives = 2048
   c.generator.steps, c.student.steps = 20, 40

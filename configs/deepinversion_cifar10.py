@@ -35,5 +35,5 @@ def on_digits(c):
 
 def on_cpu(c):
   c.schedule.epochs, c.schedule.iterations = 18, 4
-  c.pool.update({"size": 18 * 4 * c.pool.batch_size, "logits": True})
+  c.pool.size = 18 * 4 * c.pool.batch_size
   c.generator.steps, c.student.steps = 40, 40

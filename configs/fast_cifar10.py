@@ -60,8 +60,8 @@ def on_digits(c):
 
 
 def on_cpu(c):
-  c.schedule.epochs, c.schedule.iterations = 48, 4
+  c.schedule.epochs, c.schedule.iterations = 36, 4
   c.episodes.update({"warmup": 8, "redraw_at": 0})
-  c.pool.update({"size": 48 * 4 * c.pool.batch_size, "logits": True})
+  c.pool.size = 36 * 4 * c.pool.batch_size
   take(c, 5)
   c.student.steps = 40

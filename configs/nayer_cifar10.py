@@ -47,10 +47,10 @@ def on_digits(c):
 
 
 def on_cpu(c):
-  c.schedule.epochs, c.schedule.iterations = 40, 4
+  c.schedule.epochs, c.schedule.iterations = 32, 4
   c.episodes.update({"warmup": 8, "life": 20, "warmup_life": 8})
   c.pool.batch_size = 120
-  c.pool.update({"size": 40 * 4 * c.pool.batch_size, "logits": True})
+  c.pool.size = 32 * 4 * c.pool.batch_size
   c.generator.latent_dim = 256
   c.generator.steps = 10
   c.student.steps = 40
