@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cpsc_jax import methods, nets
+from cpsc_jax import limits, methods, nets
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import check_divisible
@@ -46,41 +46,6 @@ CHOICES = {
   "evaluate.split": ("test", "validation"),
   "evaluate.headline": ("last", "best"),
 }
-POSITIVE = (
-  "teacher.epochs",
-  "teacher.batch_size",
-  "teacher.micro_batches",
-  "student.steps",
-  "student.micro_batches",
-  "generator.steps",
-  "generator.micro_batches",
-  "generator.latent_dim",
-  "generator.width",
-  "schedule.epochs",
-  "schedule.iterations",
-  "schedule.batch_size",
-  "evaluate.every",
-  "evaluate.batch_size",
-  "evaluate.samples_per_class",
-  "checkpoint.every",
-  "checkpoint.minutes",
-  "loss.scl_temperature",
-  "loss.scl_block",
-  "loss.kd_temperature",
-  "pool.size",
-  "pool.batch_size",
-  "pool.views",
-)
-NOT_NEGATIVE = (
-  "generator.label_limit",
-  "generator.epsilon",
-  "generator.clip",
-  "student.clip",
-  "student.lr_end",
-  "teacher.lr_end",
-  "teacher.clip",
-  "loss.triplet.synthesis_from",
-)
 
 
 def as_published(config: ml_collections.ConfigDict) -> None:
@@ -129,17 +94,12 @@ def resolve(
   return ml_collections.FrozenConfigDict(config)
 
 
-def check_choices(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+def check_values(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   flat = dict(flatten(config))
   for key, allowed in CHOICES.items():
     if flat[key] not in allowed:
       raise Refusal(f"config.{key} is '{flat[key]}'; it must be one of {', '.join(allowed)}.")
-  for key in POSITIVE:
-    if flat[key] <= 0:
-      raise Refusal(f"config.{key} is {flat[key]}; it must be greater than 0.")
-  for key in NOT_NEGATIVE:
-    if flat[key] < 0:
-      raise Refusal(f"config.{key} is {flat[key]}; it must be at least 0.")
+  limits.check(flat)
 
 
 def check_reference(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -153,6 +113,20 @@ def check_schedule(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> No
       f"config.schedule.horizon is {config.schedule.horizon}, shorter than the run's {config.schedule.epochs} epochs;"
       " make it longer, or 0 for learning rates that fall over the run."
     )
+
+
+def check_warmup(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  """A warm-up of a learning rate that follows a cosine; others have none."""
+  epochs = {"student": (config.schedule.horizon or config.schedule.epochs) - waiting_epochs(config)}
+  if not config.teacher.checkpoint:
+    epochs["teacher"] = config.teacher.epochs
+  for player, number in epochs.items():
+    c = config[player]
+    if c.schedule == "cosine" and c.warmup_epochs > number:
+      raise Refusal(
+        f"config.{player}.warmup_epochs is {c.warmup_epochs}, more than the {number} epochs over which its learning"
+        " rate changes; make it shorter or the run longer."
+      )
 
 
 def check_nets(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -213,6 +187,11 @@ def check_augmentation(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -
     if config[player].flip and not spec.photographs:
       raise Refusal(
         f"config.{player}.flip must be False for '{config.dataset.name}': a flip changes the class of its images."
+      )
+    if config[player].crop_pad > spec.image_size:
+      raise Refusal(
+        f"config.{player}.crop_pad is {config[player].crop_pad}, but the images of '{config.dataset.name}' have"
+        f" {spec.image_size} pixels; a crop may be padded by at most as many."
       )
 
 
@@ -292,12 +271,13 @@ def feature_widths(config: Config, spec: Dataset, teacher: Any) -> set[int]:
 
 
 CHECKS = (
-  check_choices,
+  check_values,
   check_reference,
   check_schedule,
   check_nets,
   check_batches,
   check_method,
+  check_warmup,
   check_embedding,
   check_augmentation,
   check_splits,

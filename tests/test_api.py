@@ -240,7 +240,7 @@ class NeedsLargeImages(nn.Module):
     (dict(overrides={"student": 1}), "the config has no key 'student'"),
     (dict(overrides={"student.lr": "fast"}), "config.student.lr is 'fast'; it must be of type float, such as 0.1"),
     (dict(overrides={"student.steps": 1.5}), "config.student.steps is 1.5; it must be of type int, such as 1"),
-    (dict(overrides={"student.lr": -0.1, "student.steps": 0}), "config.student.steps is 0"),
+    (dict(overrides={"student.lr": 0.1, "student.steps": 0}), "config.student.steps is 0"),
     (dict(overrides={"precision": "float8"}), "config.precision is 'float8'"),
     (dict(overrides={"arm": "real_kd"}), "config.arm is 'real_kd'"),
     (dict(overrides={"evaluate.split": "validation"}), "config.evaluate.split 'validation'"),

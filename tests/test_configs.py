@@ -1,6 +1,7 @@
 """The configs: complete, explained, locked, cifar100 as published, reference mode, and every refusal."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -24,7 +25,7 @@ from cpsc_jax.configs import (
 )
 
 from cpsc_jax import config as configs
-from cpsc_jax import datasets, optim
+from cpsc_jax import datasets, limits, optim
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh
 
@@ -178,9 +179,11 @@ PUBLISHED = {
   # options of other methods, all off
   "student.clip": 0.0,
   "student.inherit": False,
+  "student.classifier": "own",
   "student.lr_end": 0.0,
   "generator.clip": 0.0,
   "generator.ema": 0.0,
+  "generator.between_share": 0.0,
   "generator.epsilon": 0.0,
   "generator.output": "tanh",
   "generator.init": "torch",
@@ -264,7 +267,7 @@ def test_without_reference_nothing_published_is_on():
     ("student.net", "wrn_16", "wrn_D_K"),
     ("generator.net", "biggan", "dcgan"),
     ("generator.net", "dcgan", "divisible by 16"),
-    ("schedule.epochs", 0, "greater than 0"),
+    ("schedule.epochs", 0, "at least 1 and at most 1,000,000,000"),
     ("schedule.horizon", 20, "shorter than the run"),
     ("teacher.batch_size", 5000, "1343"),
     ("teacher.flip", True, "flip"),
@@ -276,7 +279,7 @@ def test_without_reference_nothing_published_is_on():
     ("generator.optimiser", "sgd", "adam, restarted_adam"),
     ("generator.student_mode", "test", "eval, train"),
     ("generator.label_limit", -1, "at least 0"),
-    ("generator.micro_batches", 0, "greater than 0"),
+    ("generator.micro_batches", 0, "at least 1"),
     ("student.optimiser", "rmsprop", "sgd, adam, adamw"),
     ("student.schedule", "cosine_per_epoch", "cosine, published_steps"),
     ("student.head", "none", "trained, frozen"),
@@ -287,7 +290,14 @@ def test_without_reference_nothing_published_is_on():
     ("evaluate.split", "train", "test, validation"),
     ("evaluate.headline", "first", "last, best"),
     ("loss.scl_temperature", 0.0, "greater than 0"),
-    ("loss.scl_block", 0, "greater than 0"),
+    ("loss.scl_block", 0, "at least 1"),
+    ("student.crop_pad", 9, "the images of 'digits' have 8 pixels"),
+    ("teacher.crop_pad", 9, "the images of 'digits' have 8 pixels"),
+    ("student.warmup_epochs", 61, "more than the 60 epochs over which its learning rate changes"),
+    ("teacher.warmup_epochs", 61, "more than the 60 epochs over which its learning rate changes"),
+    ("student.milestones", ("a",), "in increasing order"),
+    ("generator.milestones", (20, 10), "in increasing order"),
+    ("teacher.milestones", (0, 10), "whole numbers from 1 on"),
     ("loss.student.channel", 1.0, "no such term"),
     ("loss.generator.one_hot", 1.0, "no such term"),
   ],
@@ -299,13 +309,77 @@ def test_bad_values_are_refused(key, value, word):
     resolve(config)
 
 
-@pytest.mark.parametrize("key", [*configs.CHOICES, *configs.POSITIVE])
-def test_every_choice_and_every_positive_number_is_checked(key):
+@pytest.mark.parametrize("key", configs.CHOICES)
+def test_every_choice_is_checked(key):
   config = digits.get_config()
-  kind = type(dict(configs.flatten(config))[key])
-  value, word = ("nonsense", "must be one of") if key in configs.CHOICES else (kind(0), "must be greater than 0")
+  config.update_from_flattened_dict({key: "nonsense"})
+  with pytest.raises(Refusal, match=rf"config\.{key} is 'nonsense'; it must be one of"):
+    resolve(config)
+
+
+def numbers_of(config):
+  return {k: v for k, v in configs.flatten(config) if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+NUMBERS = {
+  key: (method, value)
+  for method, module in {"cpsc": default, **OTHER_METHODS}.items()
+  for key, value in numbers_of(module.get_config()).items()
+}
+
+
+def outside(allowed):
+  """Numbers that are not in a range: not finite, far out, and next to its ends."""
+  numbers = [math.nan, math.inf, -math.inf, -1e30, 1e30, allowed.low - 1, allowed.high + 1]
+  ends = [end for end, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)) if is_open]
+  return [*numbers, *ends]
+
+
+def test_every_number_has_a_range():
+  """One of its own or, for weights of terms, a common one; and no range is of a key that is gone."""
+  known = {key for key in NUMBERS if not key.startswith(limits.WEIGHTS)}
+  assert known == limits.RANGES.keys()
+  assert all(limits.range_of(key).has(value) for key, (_, value) in NUMBERS.items())
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_out_of_range_are_refused(key):
+  """By name, with the range, before anything else of the config is looked at; both ends that belong to it are not."""
+  config, allowed = dict(configs.flatten(default.get_config())), limits.range_of(key)
+  for value in outside(allowed):
+    with pytest.raises(
+      Refusal, match=rf"^config\.{re.escape(key)} is {re.escape(str(value))}; it must be {allowed}\.$"
+    ):
+      limits.check(config | {key: value})
+  edges = [end for end, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)) if not is_open]
+  for value in [*edges, (allowed.low + allowed.high) / 2]:
+    limits.check(config | {key: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_of_other_keys_must_be_finite(value):
+  limits.check({"mine.factor": -3.0})
+  with pytest.raises(Refusal, match="config.mine.factor is .*; it must be a finite number"):
+    limits.check({"mine.factor": value})
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("student.lr", -0.1),
+    ("teacher.label_smoothing", 2.0),
+    ("loss.confidence", math.nan),
+    ("checkpoint.minutes", math.nan),
+    ("student.crop_pad", -1),
+    ("seed", 999999999999999999999),
+    ("evaluate.samples_per_class", 1000000000),
+    ("schedule.batch_size", 10000000000),
+  ],
+)
+def test_resolving_looks_at_numbers(key, value):
+  config = digits.get_config()
   config.update_from_flattened_dict({key: value})
-  with pytest.raises(Refusal, match=rf"config\.{key} is '?{value}'?; it {word}"):
+  with pytest.raises(Refusal, match=rf"config.{key} is {value}; it must be"):
     resolve(config)
 
 

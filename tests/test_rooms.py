@@ -36,7 +36,8 @@ ROOMS = {
   "sample": {"errors", "progress", "datasets", "report", "saved", "command"},
   "interop": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate", "saved"},
   "loop": {"errors", "checkpoint", "events", "mesh", "progress", "state", "stop"},
-  "config": {"datasets", "errors", "mesh", "methods", "nets", "setup"},
+  "limits": {"errors"},
+  "config": {"limits", "datasets", "errors", "mesh", "methods", "nets", "setup"},
   "experiment": {
     "config",
     "datasets",

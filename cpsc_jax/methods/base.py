@@ -87,15 +87,6 @@ def share_numbers(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Refuses shares of the student's batch that leave nothing fresh or that devices cannot divide."""
-  if not 0 <= config.generator.ema < 1:
-    raise Refusal(f"config.generator.ema is {config.generator.ema}; it must be at least 0 and less than 1.")
-  for key, share in (
-    ("pool.replay_share", config.pool.replay_share),
-    ("generator.ema_share", config.generator.ema_share),
-    ("generator.between_share", config.generator.between_share),
-  ):
-    if not 0 <= share < 1:
-      raise Refusal(f"config.{key} is {share}; it must be at least 0 and less than 1.")
   check_between(config)
   if config.pool.logits:
     raise Refusal(
@@ -132,8 +123,6 @@ def check_between(config: ml_collections.ConfigDict) -> None:
     raise Refusal(f"{given}, but config.generator.conditional is False: its norms carry no class; set one of the two.")
   if config.pool.replay_share:
     raise Refusal(f"{given}, but a replayed image has one class; set it or config.pool.replay_share to 0.")
-  if config.generator.between < 2:
-    raise Refusal(f"config.generator.between is {config.generator.between}; it must be at least 2.")
 
 
 def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: dict[str, Term]) -> Method:

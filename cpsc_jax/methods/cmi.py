@@ -98,11 +98,8 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     raise Refusal(
       f"config.loss.views.features is '{config.loss.views.features}'; it must be one of {', '.join(FEATURES)}."
     )
-  for key in ("temperature", "negatives", "width", "lr"):
-    if config.loss.views[key] <= 0:
-      raise Refusal(f"config.loss.views.{key} is {config.loss.views[key]}; it must be greater than 0.")
   inversion.check_multiple("config.pool.bank", config.pool.bank, config.pool.batch_size)
-  if config.pool.bank <= 0 or config.loss.views.negatives > config.pool.bank:
+  if config.loss.views.negatives > config.pool.bank:
     raise Refusal(
       f"config.loss.views.negatives is {config.loss.views.negatives}, more than the {config.pool.bank} samples of the"
       " bank; draw fewer or enlarge config.pool.bank."

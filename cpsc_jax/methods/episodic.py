@@ -102,12 +102,10 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
       f" configs/{config.method}_cifar10.py."
     )
   c, iterations = config.episodes, config.schedule.iterations
-  if not 0 <= c.bn_momentum < 1:
-    raise Refusal(f"config.episodes.bn_momentum is {c.bn_momentum}; it must be at least 0 and less than 1.")
-  if not 0 <= c.warmup < config.schedule.epochs * iterations:
+  if c.warmup >= config.schedule.epochs * iterations:
     raise Refusal(
-      f"config.episodes.warmup is {c.warmup}; it must be at least 0 and less than the"
-      f" {config.schedule.epochs * iterations} iterations of the run."
+      f"config.episodes.warmup is {c.warmup}; it must be less than the {config.schedule.epochs * iterations} iterations"
+      " of the run."
     )
   if c.warmup % iterations:
     raise Refusal(

@@ -104,8 +104,6 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   meta = config.episodes
   if meta.form not in META:
     raise Refusal(f"config.episodes.form is '{meta.form}'; it must be one of {', '.join(META)}.")
-  if not meta.latent_lr > 0:
-    raise Refusal(f"config.episodes.latent_lr is {meta.latent_lr}; it must be greater than 0.")
   constant = {"schedule": "steps", "milestones": (), "clip": 0.0, "optimiser": "adam"}
   for key, value in constant.items():
     if (given := config.generator[key]) != value:

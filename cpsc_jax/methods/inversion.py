@@ -160,9 +160,9 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   batch = config.pool.batch_size
   check_divisible(mesh, "config.pool.batch_size", batch)
   check_multiple("config.pool.size", config.pool.size, batch)
-  if not (config.pool.fresh_share >= 0 and fresh_number(config) < config.schedule.batch_size):
+  if fresh_number(config) == config.schedule.batch_size:
     raise Refusal(
-      f"config.pool.fresh_share is {config.pool.fresh_share}; it must be at least 0 and leave some of the"
+      f"config.pool.fresh_share is {config.pool.fresh_share}; it must leave some of the"
       f" {config.schedule.batch_size} images of config.schedule.batch_size to the pool."
     )
   if fresh_number(config):

@@ -53,9 +53,6 @@ def class_lists(key: jax.Array, number: int, num_classes: int) -> jax.Array:
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses what noisy layers cannot do."""
   episodic.check(config, mesh)
-  for key in ("life", "warmup_life"):
-    if config.episodes[key] < 1:
-      raise Refusal(f"config.episodes.{key} is {config.episodes[key]}; it must be at least 1.")
   if not config.generator.embedding:
     raise Refusal(
       "config.generator.embedding is empty, and method 'nayer' starts from an embedding of the classes; set it to"
