@@ -28,10 +28,10 @@ class Range:
     return f"{low} and {'less than' if self.high_open else 'at most'} {self.high:,}"
 
 
-MANY = 10**9  # more than any run, net or batch has
-COUNT, SIZE = Range(1, MANY), Range(1, 2**20)
+MANY, HUGE = 10**9, 1e30  # more than any run has of anything; more than any weight or rate
+COUNT, COUNT_OR_NONE, SIZE = Range(1, MANY), Range(0, MANY), Range(1, 2**20)
 SHARE, PROBABILITY = Range(0, 1, high_open=True), Range(0, 1, low_open=True)
-POSITIVE, NOT_NEGATIVE = Range(0, MANY, low_open=True), Range(0, MANY)
+POSITIVE, NOT_NEGATIVE = Range(0, HUGE, low_open=True), Range(0, HUGE)
 
 _OPTIMISER = {
   "lr": POSITIVE,
@@ -40,9 +40,9 @@ _OPTIMISER = {
   "weight_decay": NOT_NEGATIVE,
   "decay": Range(0, 1),
   "clip": NOT_NEGATIVE,
-  "warmup_epochs": NOT_NEGATIVE,
+  "warmup_epochs": COUNT_OR_NONE,
   "micro_batches": SIZE,
-  "crop_pad": NOT_NEGATIVE,
+  "crop_pad": COUNT_OR_NONE,
 }
 RANGES: dict[str, Range] = {
   "seed": Range(0, 2**32 - 1),
@@ -60,14 +60,14 @@ RANGES: dict[str, Range] = {
   "generator.ema_share": SHARE,
   "generator.between_share": SHARE,
   "generator.between": Range(2, 2**10),
-  "generator.label_limit": NOT_NEGATIVE,
+  "generator.label_limit": COUNT_OR_NONE,
   "generator.micro_batches": SIZE,
   "generator.lr": POSITIVE,
   "generator.b1": SHARE,
   "generator.b2": SHARE,
   "generator.decay": Range(0, 1),
   "generator.clip": NOT_NEGATIVE,
-  "generator.crop_pad": NOT_NEGATIVE,
+  "generator.crop_pad": COUNT_OR_NONE,
   "pool.size": COUNT,
   "pool.batch_size": SIZE,
   "pool.replay_share": SHARE,
@@ -75,7 +75,7 @@ RANGES: dict[str, Range] = {
   "pool.views": Range(1, 2**10),
   "pool.bank": COUNT,
   "schedule.epochs": COUNT,
-  "schedule.horizon": NOT_NEGATIVE,
+  "schedule.horizon": COUNT_OR_NONE,
   "schedule.iterations": COUNT,
   "schedule.batch_size": SIZE,
   "loss.scl_temperature": POSITIVE,
@@ -83,7 +83,7 @@ RANGES: dict[str, Range] = {
   "loss.confidence": PROBABILITY,
   "loss.kd_temperature": POSITIVE,
   "loss.triplet.margin": NOT_NEGATIVE,
-  "loss.triplet.synthesis_from": NOT_NEGATIVE,
+  "loss.triplet.synthesis_from": COUNT_OR_NONE,
   "loss.views.temperature": POSITIVE,
   "loss.views.negatives": COUNT,
   "loss.views.width": SIZE,
@@ -91,8 +91,8 @@ RANGES: dict[str, Range] = {
   "episodes.bn_momentum": SHARE,
   "episodes.latent_lr": POSITIVE,
   "episodes.life": COUNT,
-  "episodes.redraw_at": NOT_NEGATIVE,
-  "episodes.warmup": NOT_NEGATIVE,
+  "episodes.redraw_at": COUNT_OR_NONE,
+  "episodes.warmup": COUNT_OR_NONE,
   "episodes.warmup_life": COUNT,
   "evaluate.every": COUNT,
   "evaluate.batch_size": SIZE,

@@ -60,18 +60,30 @@ def earlier_results(workdir: pathlib.Path | None, config: Config) -> dict | None
   """
   if workdir is None:
     return None
-  config_path, results_path = workdir / "config.json", workdir / "results.json"
-  try:
-    saved = json.loads(config_path.read_text()) if config_path.exists() else None
-    results = json.loads(results_path.read_text()) if results_path.exists() else None
-  except (OSError, ValueError) as error:
-    raise Refusal(f"cannot read what is in {workdir} ({error}); choose another --workdir.") from error
-  changed = configs.differences(config, saved) if saved else []
-  if changed:
+  saved = _read(workdir / "config.json", "choose another --workdir")
+  if saved is None:
+    found = [name for name in ("results.json", "origin.json", "checkpoints") if (workdir / name).exists()]
+    if found:
+      raise Refusal(
+        f"{workdir} has {', '.join(found)} of a run but no config.json that says of which; choose another --workdir."
+      )
+    return None
+  if changed := configs.differences(config, saved):
     raise Refusal(
       f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir."
     )
-  return results
+  return _read(workdir / "results.json", "delete that file and run the same command again to have it written anew")
+
+
+def _read(path: pathlib.Path, mend: str) -> dict | None:
+  """What a JSON file of an object says; None without the file."""
+  try:
+    content = json.loads(path.read_text()) if path.exists() else None
+  except (OSError, ValueError) as error:
+    raise Refusal(f"{path} cannot be read ({error}); {mend}.") from error
+  if content is not None and not isinstance(content, dict):
+    raise Refusal(f"{path} is damaged: it holds no JSON object; {mend}.")
+  return content
 
 
 def claim(workdir: pathlib.Path | None, config: Config) -> None:
@@ -97,6 +109,27 @@ def _claim(workdir: pathlib.Path, config: Config) -> None:
     (workdir / ".writable").unlink()
   except OSError as error:
     raise Refusal(f"cannot write to {workdir} ({error.strerror}); choose another --workdir.") from error
+
+
+def bind(workdir: pathlib.Path | None, teacher: Teacher) -> None:
+  """Makes `workdir` a run of this teacher, on all processes: what is resumed later must have the same.
+
+  Raises:
+    Refusal: the run was begun with another teacher.
+  """
+  if workdir is not None:
+    primary_first(lambda: _bind(workdir / "origin.json", teacher.card.get("digest")))
+
+
+def _bind(path: pathlib.Path, digest: str | None) -> None:
+  origin = _read(path, "delete it if the teacher is still that of the run's beginning")
+  if origin is None:
+    write_whole(path, (json.dumps({"teacher_digest": digest, "versions": _versions()}, indent=2) + "\n").encode())
+  elif origin.get("teacher_digest") != digest:
+    raise Refusal(
+      f"{path.parent} was begun with another teacher (digest {origin.get('teacher_digest')}, now {digest}); put that"
+      " one back or choose another --workdir."
+    )
 
 
 def finish(

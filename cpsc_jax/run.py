@@ -49,6 +49,7 @@ def run(
   net = given.net if given else experiment.build_teacher(c, card)
   setup = experiment.build(c, data.spec, net, card, mesh)
   teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh)
+  record.bind(workdir, teacher)
   if c.arm in config.REAL_ARMS:
     setup, (epoch, state) = teach.real_arm(c, setup, teacher, data)
   else:

@@ -82,7 +82,7 @@ def obtain_teacher(
   folder = pathlib.Path(config.teacher.checkpoint or workdir / "teacher")
   if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
     _, variables, card = saved.load(folder)
-    spent = 0.0 if config.teacher.checkpoint else card["seconds"]
+    spent = 0.0 if config.teacher.checkpoint else card.get("seconds", 0.0)
     return Teacher(net, replicate(variables, mesh), card, spent, spent)
   outcome = _train_teacher(config, net, card, data, test, workdir, mesh)
   card = {

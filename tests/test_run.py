@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_files(finished):
   assert {
     "results.json",
     "config.json",
+    "origin.json",
     "samples.png",
     "curves.png",
     "history.json",
@@ -325,8 +327,6 @@ def test_a_teacher_that_saw_the_validation_part_is_refused(capsys, tmp_path, dig
 
 
 def test_a_damaged_teacher_is_refused(capsys, tmp_path, digits_dir, finished):
-  import shutil
-
   shutil.copytree(finished / "teacher", tmp_path / "teacher")
   card = checkpoint.read_card(tmp_path / "teacher")
   (tmp_path / "teacher" / checkpoint.CARD).write_text(json.dumps({**card, "digest": "0" * 64}))
@@ -339,7 +339,44 @@ def test_a_workdir_that_cannot_be_used_is_refused(capsys, tmp_path, digits_dir):
   refused(capsys, command(tmp_path / "file" / "w", digits_dir)[1:], "cannot ")
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "config.json").write_text("not json")
-  refused(capsys, command(tmp_path / "other", digits_dir)[1:], "cannot read")
+  refused(capsys, command(tmp_path / "other", digits_dir)[1:], "config.json cannot be read")
+  (tmp_path / "other" / "config.json").write_text("[]")
+  refused(capsys, command(tmp_path / "other", digits_dir)[1:], "config.json is damaged: it holds no JSON object")
+
+
+@pytest.mark.parametrize("name", ["results.json", "origin.json", "checkpoints"])
+def test_a_run_that_belongs_to_no_config_is_refused(capsys, tmp_path, digits_dir, finished, name):
+  """A run with another seed must not take over what is there."""
+  workdir = tmp_path / "w"
+  shutil.copytree(finished, workdir)
+  for path in workdir.iterdir():
+    if path.name != name:
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  refused(capsys, command(workdir, digits_dir, "--config.seed=9")[1:], f"has {name} of a run but no config.json")
+  assert [path.name for path in workdir.iterdir()] == [name]
+
+
+def test_damaged_results_are_named(capsys, tmp_path, digits_dir, finished):
+  workdir = tmp_path / "w"
+  shutil.copytree(finished, workdir)
+  (workdir / "results.json").write_text("{")
+  refused(capsys, command(workdir, digits_dir)[1:], "results.json cannot be read", "delete that file and run the same")
+  want = results_of(finished)["student"]
+  (workdir / "results.json").unlink()
+  assert main(command(workdir, digits_dir)) == 0 and results_of(workdir)["student"] == want
+
+
+def test_a_teacher_that_was_exchanged_is_refused(capsys, tmp_path, digits_dir, finished):
+  """Between a kill and the resume; with the old one back, the run goes on."""
+  workdir = tmp_path / "w"
+  shutil.copytree(finished, workdir)
+  (workdir / "results.json").unlink()
+  shutil.move(workdir / "teacher", tmp_path / "kept")
+  shutil.copytree(finished / "student", workdir / "teacher")
+  refused(capsys, command(workdir, digits_dir)[1:], "was begun with another teacher", "put that one back")
+  shutil.rmtree(workdir / "teacher")
+  shutil.move(tmp_path / "kept", workdir / "teacher")
+  assert main(command(workdir, digits_dir)) == 0 and results_of(workdir)["student"] == results_of(finished)["student"]
 
 
 def test_non_finite_loss_ends_the_run(capsys, tmp_path, digits_dir, finished):
