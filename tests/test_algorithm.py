@@ -15,7 +15,7 @@ from cpsc_jax import algorithm, datasets, experiment, initial, nets
 from cpsc_jax.config import resolve
 from cpsc_jax.mesh import make_mesh, replicated
 from cpsc_jax.setup import LATENTS, Method, Player, Setup, Term
-from cpsc_jax.state import Losses
+from cpsc_jax.state import Batch, Losses
 
 SHAPE = (8, 8, 3)
 CARD = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
@@ -330,7 +330,7 @@ def test_iteration_equals_pytorch():
     images = jnp.asarray(np.moveaxis(x.numpy(), 1, -1))
     loss = algorithm.student_loss(setup, state.hyper.student)
     taught = setup.teacher.apply(ours["teacher"], images, train=False)
-    arguments = state.student.params, state.student.batch_stats, (images, labels), taught, KEY
+    arguments = state.student.params, state.student.batch_stats, Batch(images, labels), taught, KEY
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
     assert float(value) == pytest.approx(total.item(), rel=1e-9)
     theirs = convert.classifier_from_torch(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from parity import assert_close, assert_trees_close
 from spmd_worker import double
-from test_methods import resolved, start
+from test_methods import kept_by, resolved, start
 
 from cpsc_jax import algorithm, nets, record, streams
 from cpsc_jax.errors import Refusal
@@ -57,7 +57,8 @@ def blend(momentum, new, old):
   }
 
 
-@pytest.mark.parametrize("form", ["maml", pytest.param("reptile", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["maml", "reptile"])
 def test_episodes_equal_pytorch(form):
   """The generator, its copy, the latents and the statistics, over episodes that share the outer Adam."""
   with jax.enable_x64(True):
@@ -136,11 +137,11 @@ def loss_of(setup, teacher):
 
 def test_the_first_layer_is_drawn_anew_once():
   setup, _, state = start.__wrapped__("fast", **{"episodes.redraw_at": 2})
-  begin, keep = jax.jit(setup.method.begin), jax.jit(setup.method.keep)
+  begin = jax.jit(setup.method.begin)
   before = state.generator.params
   state = begin(state, jax.random.key(1))
   assert_trees_close(state.generator.params, before, 0)
-  state = begin(keep(state), jax.random.key(2))
+  state = begin(kept_by(setup, state), jax.random.key(2))
   scale = np.asarray(state.generator.params["cbn0"]["scale"])
   assert np.abs(scale).max() < 0.2 and np.all(np.asarray(state.generator.params["project"]["bias"]) == 0)
   again = redrawn(before, jax.random.key(0))

@@ -85,6 +85,7 @@ def plainly_descending(setup):
   return dataclasses.replace(setup, **players)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing_but_memory():
   with jax.enable_x64(True):
     (setup, teacher, _), (remat, *_) = make_setup(), make_setup(rematerialise=True)
@@ -164,7 +165,7 @@ def test_micro_batches_report_the_mean_and_every_row_counts_once():
 # Precision.
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_keeps_parameters_statistics_and_losses_in_float32(precision):
   setup, teacher, state = make_setup(precision=precision)
   assert (state.student.loss_scale is None) == (precision == "bfloat16")

@@ -39,6 +39,7 @@ from cpsc_jax.state import Batch, Output, View
 from cpsc_jax.streams import Stream
 
 EVERY = pytest.mark.parametrize("method", METHODS)
+SLOW = pytest.mark.slow
 INVERTING = ("rgal", "deepinversion", "cmi", "fast", "nayer")
 DIGITS = datasets.DATASETS["digits"]
 # The terms that a smoke config gives a weight, and those of them that compare samples across the batch.
@@ -96,7 +97,7 @@ def on_host(state):
 
 
 # The quick suite has one method of each kind: fresh samples, an image pool, a pool with a critic and a bank.
-QUICK = ("cpsc", "rgal", "cmi")
+QUICK = ("cpsc", "rgal")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,9 @@ def test_a_frozen_head_has_no_term_that_couples_the_batch():
   assert resolved("cpsc", **changes).student.head == "frozen"
 
 
-@EVERY
+@pytest.mark.parametrize(
+  "method", [name if name in ("cpsc", "rgal", "cmi", "nayer") else pytest.param(name, marks=SLOW) for name in METHODS]
+)
 def test_smoke_run_reaches_its_report(method, tmp_path, digits_dir, finished):
   if method == "cpsc":
     pytest.skip("this is the run of every test of tests/test_run.py")
@@ -283,7 +286,9 @@ def test_an_untrained_generator_fills_the_pool_too():
   assert np.asarray(after.memory["pool"].arrays["images"][0]).std() > 0
 
 
-@pytest.mark.parametrize("method", INVERTING)
+@pytest.mark.parametrize(
+  "method", [name if name in ("rgal", "nayer") else pytest.param(name, marks=SLOW) for name in INVERTING]
+)
 def test_a_share_of_the_students_batch_can_be_fresh(method):
   """A first quarter that the present generator draws, and the rest from the pool with its labels."""
   setup, _, state = start(method, **{"pool.fresh_share": 0.25, "pool.dtype": "float32"})
@@ -384,7 +389,7 @@ def test_the_average_of_the_generator_draws_a_share():
 STEPS = (algorithm.generator_step, algorithm.student_step)
 
 
-@pytest.mark.parametrize("method", ["cpsc", "dafl"])
+@pytest.mark.parametrize("method", ["cpsc", pytest.param("dafl", marks=SLOW)])
 def test_triplets_can_be_added_to_any_method(method):
   changes = {"loss.generator.triplet": 0.1, "loss.student.triplet": 0.2}
   setup, teacher, state = start(method, **changes)

@@ -54,6 +54,7 @@ def test_noisy_layers_equal_pytorchs(number):
   assert_close(stats["norm"]["mean"], norm.running_mean.numpy(), 1e-6)
 
 
+@pytest.mark.slow
 def test_an_episode_equals_pytorch():
   """All parameters but the fixed embedding move by an Adam of the episode; the running statistics follow."""
   with jax.enable_x64(True):

@@ -216,7 +216,7 @@ def test_a_share_of_the_classes_mixes_their_norms(net):
   assert_close(mixed, 0.25 * ends[0] + 0.75 * ends[1], 1e-5)
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("average", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_a_share_of_the_students_samples_lies_between_classes(average):
   changes = {"generator.between_share": 0.25, "generator.between": 3, "generator.ema": average}
   setup, teacher, state = start("cpsc", **changes)
@@ -252,7 +252,7 @@ def test_cross_entropy_of_shares_equals_pytorch():
 KEPT = {"pool.logits": True, "student.crop_pad": 1, "loss.student.channel": 0.0, "loss.student.triplet": 0.0}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "uint8"])
 def test_kept_logits_are_the_teachers_on_the_kept_view(dtype):
   """Every image is stored as one crop of itself, and the student's step takes neither a crop nor the teacher."""
   setup, teacher, state = start("rgal", **KEPT, **{"pool.dtype": dtype})
@@ -290,7 +290,9 @@ def test_the_teachers_classifier_is_kept():
   assert float(found.terms["features"]) == pytest.approx(float(np.mean((np.asarray(t) - s.pooled) ** 2)), rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"student.inherit": True}, {"student.classifier": "teacher"}])
+@pytest.mark.parametrize(
+  "changes", [{"student.inherit": True}, pytest.param({"student.classifier": "teacher"}, marks=pytest.mark.slow)]
+)
 def test_what_a_student_takes_over_is_a_copy(changes):
   """An epoch consumes its state and leaves the teacher as it was."""
   setup, teacher, _ = start("cpsc", **changes)

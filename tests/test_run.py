@@ -171,6 +171,7 @@ def test_control_arms_augment_as_the_student_does(digits_dir):
     assert rows.min() == 8 - crop_pad and rows.max() == 8, "black rows come in from one side"
 
 
+@pytest.mark.slow
 def test_reference_mode_runs(finished, digits_dir, tmp_path):
   flags = ("--config.reference=True", f"--config.teacher.checkpoint={finished / 'teacher'}")
   assert main(command(tmp_path / "r", digits_dir, *flags)) == 0
