@@ -103,6 +103,7 @@ def finished(out: pathlib.Path, plan: Plan) -> dict[str, list[dict]]:
       if (workdir / "results.json").exists():
         results = json.loads((workdir / "results.json").read_text())
         origin = json.loads(workdir.with_suffix(".origin.json").read_text())
+        results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
         found[row.name].append({key: results[key] for key in KEPT} | origin)
   return found
 
