@@ -195,6 +195,7 @@ def test_double_softmax():
   assert np.log(9 + np.e) - 1 <= double <= np.log(9 + np.e), "a double softmax has a narrow range"
 
 
+@pytest.mark.slow
 def test_feature_head_is_trained_unless_it_is_frozen():
   setup, teacher, state = make_setup(teacher="wrn_10_2")
   assert isinstance(setup.student.net, nets.FeatureHead)

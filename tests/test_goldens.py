@@ -431,13 +431,13 @@ def compare_student_step(r, step, state):
 
 @pytest.mark.parametrize(
   ("replay", "dtype"),
-  [  # the quick one has the feature head
+  [
     pytest.param(("iter_init", "iter_cifar10"), "float64", marks=pytest.mark.slow),
     pytest.param(("iter_init", "iter_cifar10"), "float32", marks=pytest.mark.slow),
     pytest.param(("iter_init", "iter_cifar100"), "float64", marks=pytest.mark.slow),
     pytest.param(("iter_init", "iter_cifar100"), "float32", marks=pytest.mark.slow),
     pytest.param(("iter_adapter_init", "iter_adapter_cifar100"), "float64", marks=pytest.mark.slow),
-    (("iter_adapter_init", "iter_adapter_cifar100"), "float32"),
+    pytest.param(("iter_adapter_init", "iter_adapter_cifar100"), "float32", marks=pytest.mark.slow),
   ],
   ids=lambda p: p if isinstance(p, str) else p[1],
   indirect=True,

@@ -181,6 +181,7 @@ def test_half_precision_keeps_parameters_statistics_and_losses_in_float32(precis
   assert re.search(rf"\b{dtype}\[", inside)
 
 
+@pytest.mark.slow
 def test_a_loss_scale_that_overflows_skips_the_update_and_halves():
   setup, teacher, state = make_setup(precision="float16")
   calm = jax.jit(algorithm.student_step(setup, teacher))(state, KEY)[0]

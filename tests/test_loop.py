@@ -197,6 +197,7 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path):
   np.testing.assert_array_equal(resumed.state["x"], whole.state["x"])
 
 
+@pytest.mark.slow
 def test_twenty_flipped_bytes(tmp_path, caplog):
   """Wherever the byte is, the run ends as if it had not been flipped; in what has a checksum the flip is named."""
   whole = train(plan(tmp_path / "whole"), START)
