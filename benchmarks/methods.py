@@ -18,11 +18,14 @@ import queue
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import RESUME, Refusal
 from cpsc_jax.main import config_path
 from cpsc_jax.methods import METHODS
+from cpsc_jax.record import write_whole
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 KEPT = (
@@ -66,22 +69,48 @@ def rows(config: str | pathlib.Path) -> dict[str, tuple[str, tuple[str, ...]]]:
   }
 
 
-def run(config: str, flags: Sequence[str], workdir: pathlib.Path, cores: set[int]) -> None:
-  """Runs or resumes one row in a process of its own, on these `cores` only.
+def run(config: str, flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: float | None = None) -> bool:
+  """Runs or resumes one row in a process of its own, on these `cores` only; returns whether it is finished.
+
+  At the time `until`, of time.monotonic(), it is told to stop, and nothing is begun afterwards. With such a time, a run
+  that was stopped is to be resumed; without, it has failed.
 
   Raises:
     Refusal: the run failed; its last line is quoted.
   """
   if (workdir / "results.json").exists():
-    return
+    return True
+  left = threading.TIMEOUT_MAX if until is None else until - time.monotonic()
+  if left < 0:
+    return False
   command = [sys.executable, "-m", "cpsc_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with open(f"{workdir}.log", "a") as log:
     pin = functools.partial(os.sched_setaffinity, 0, cores)
-    done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin, check=False)
-  if done.returncode:
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin)
+    stop = threading.Timer(min(left, threading.TIMEOUT_MAX), process.terminate)
+    stop.start()
+    code = process.wait()
+    stop.cancel()
+  if code == RESUME and until is not None:
+    return False
+  if code:
     last = pathlib.Path(f"{workdir}.log").read_text().strip().splitlines()[-1:]
-    raise Refusal(f"{workdir} failed with {done.returncode}: {' '.join(last)}")
+    raise Refusal(f"{workdir} failed with {code}: {' '.join(last)}")
+  return True
+
+
+def put_between(page: pathlib.Path, marks: tuple[str, str], text: str) -> None:
+  """Puts `text` in place of what stands between two marks of a Markdown file.
+
+  Raises:
+    Refusal: the file lacks the marks.
+  """
+  before, begin, rest = page.read_text().partition(marks[0])
+  _, end, after = rest.partition(marks[1])
+  if not (begin and end):
+    raise Refusal(f"{page} lacks the marks {' and '.join(marks)}; put them where the table is to stand.")
+  write_whole(page, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
 
 
 def shares(jobs: int) -> list[set[int]]:

@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from benchmarks.methods import KEPT, run, shares
+from benchmarks.methods import KEPT, put_between, run, shares
 from cpsc_jax.config import CHOICES
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import config_path
@@ -97,11 +97,7 @@ def write(out: pathlib.Path, found: Found, into: pathlib.Path | None) -> None:
   brief = {arm: [{key: r[key] for key in KEPT} for r in of_arm.values()] for arm, of_arm in found.items()}
   write_whole(out / "seeds.json", (json.dumps(brief, indent=2) + "\n").encode())
   if into:
-    before, _, rest = into.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-      raise Refusal(f"{into} lacks the marks {' and '.join(MARKS)}; put them where the table is to stand.")
-    write_whole(into, f"{before}{MARKS[0]}\n\n{table(found)}\n\n{end}{after}".encode())
+    put_between(into, MARKS, table(found))
 
 
 def seeds_of(text: str) -> list[int]:

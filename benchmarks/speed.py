@@ -29,6 +29,7 @@ from cpsc_jax.interop import convert
 from cpsc_jax.nets import onednn
 from cpsc_jax.record import cpu_model
 from cpsc_jax.setup import Setup
+from cpsc_jax.state import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 import torch_zoo as zoo
@@ -158,7 +159,7 @@ def check(setup: Setup, theirs: Torch, teacher: Any, state: Any, z: torch.Tensor
     x, _ = nets.forward(setup.generator.net, state.generator.variables, *batch, train=True)
     t = setup.teacher.apply(teacher, x, train=False)
     loss = algorithm.student_loss(setup, state.hyper.student)
-    return of_generator, loss(state.student.params, state.student.batch_stats, (x, batch[1]), t, key)[0]
+    return of_generator, loss(state.student.params, state.student.batch_stats, Batch(x, batch[1]), t, key)[0]
 
   found = [float(value) for value in jax.jit(ours)(state)]
   with torch.no_grad():

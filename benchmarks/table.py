@@ -18,17 +18,14 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 import queue
 import re
 import runpy
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -36,12 +33,12 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from benchmarks.methods import KEPT, REPOSITORY, shares
+from benchmarks.methods import KEPT, REPOSITORY, put_between, run, shares
 from cpsc_jax.config import differences, waiting_epochs
-from cpsc_jax.errors import RESUME, Refusal
+from cpsc_jax.errors import Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.record import write_whole
-from cpsc_jax.report import fidelity_name
+from cpsc_jax.report import fidelity_name, save_figure
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -62,7 +59,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a plan's file declares. `published`: rows of others, (what, accuracy in percent, of which teacher)."""
+  """What a plan's file declares. `published`: rows of others, (what, accuracy, of which teacher)."""
 
   name: str
   pair: str
@@ -174,16 +171,12 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> None:
   out.mkdir(parents=True, exist_ok=True)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
   write_whole(out / f"{plan.name}.json", (json.dumps(found, indent=2) + "\n").encode())
-  draw(out, plan, out / f"{plan.name}.png")
+  picture = out / f"{plan.name}.png"
+  draw(out, plan, picture)
   if not into:
     return
-  marks = f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"
-  before, begin, rest = into.read_text().partition(marks[0])
-  _, end, after = rest.partition(marks[1])
-  if not (begin and end):
-    raise Refusal(f"{into} lacks the marks {' and '.join(marks)}; put them where the table is to stand.")
-  write_whole(into, f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}".encode())
-  draw(out, plan, into.with_name(f"{plan.name}.png"))
+  put_between(into, (f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"), text)
+  write_whole(into.with_name(picture.name), picture.read_bytes())
   numbers = into.with_suffix(".json")
   known = json.loads(numbers.read_text()) if numbers.exists() else {}
   write_whole(numbers, (json.dumps(known | {plan.name: found}, indent=2) + "\n").encode())
@@ -226,9 +219,7 @@ def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
     axis.grid(alpha=0.3)
   if by_time.lines:
     by_time.legend()
-  scratch = path.with_name(f".{path.name}")
-  figure.savefig(scratch, dpi=120, format="png")
-  os.replace(scratch, path)
+  save_figure(figure, path, dpi=120)
 
 
 def commit() -> str:
@@ -255,25 +246,12 @@ def carry_out(row: Row, seed: int, workdir: pathlib.Path, flags: Sequence[str], 
     config = parse(["cpsc-jax", *given, *flags])[0]
     if differ := differences(config, json.loads((workdir / "config.json").read_text())):
       raise Refusal(f"{workdir} was run with another {', '.join(differ)}; delete it or rename the row.")
-  if (workdir / "results.json").exists() or time.monotonic() > until:
-    return
   workdir.parent.mkdir(parents=True, exist_ok=True)
-  if not origin.exists():
+  if not origin.exists() and time.monotonic() < until:
     write_whole(origin, (json.dumps(about) + "\n").encode())
-  command = [sys.executable, "-m", "cpsc_jax.main", *given, *flags, f"--workdir={workdir}"]
-  log = pathlib.Path(f"{workdir}.log")
-  with log.open("a") as output:
-    process = subprocess.Popen(
-      command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-    )
-    timer = threading.Timer(min(until - time.monotonic(), threading.TIMEOUT_MAX), process.send_signal, [signal.SIGTERM])
-    timer.start()
-    code = process.wait()
-    timer.cancel()
-  if code not in (0, RESUME):
-    last = log.read_text().strip().splitlines()[-1:]
-    raise Refusal(f"{workdir} failed with {code}: {' '.join(last)}")
-  print(f"{row.name}, seed {seed}: {'done' if not code else 'stopped; the same command resumes it'}", flush=True)
+  done = run(row.config, [*given[1:], *flags], workdir, cores, until)
+  if done or workdir.exists():
+    print(f"{row.name}, seed {seed}: {'done' if done else 'stopped; the same command resumes it'}", flush=True)
 
 
 def seconds_of(text: str) -> float:

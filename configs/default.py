@@ -64,7 +64,7 @@ def get_config(variant=""):
   s.micro_batches = 1  # as teacher.micro_batches
   s.init = "kaiming"  # of convolutions (He et al., fan out); "torch": PyTorch's default, uniform
   s.inherit = False  # whether layers start as the teacher's of the same name and shape, if there are any
-  # "own"; or "teacher": the teacher's last linear layer, which is not trained (SimKD, CVPR 2022; student.features)
+  # "own"; or "teacher": the teacher's last linear layer, which is not trained (SimKD, CVPR 2022; loss.student.features)
   s.classifier = "own"
   s.optimiser = "sgd"  # or "adam" or "adamw"
   s.lr = 0.1  # at its highest
@@ -200,10 +200,13 @@ def get_config(variant=""):
   return c.lock()
 
 
-def apply_variant(c, variant):
-  """Carries out the word behind the colon of --config FILE:VARIANT."""
+def apply_variant(c, variant, on_cpu=None):
+  """Carries out the word behind the colon of --config FILE:VARIANT; `on_cpu` sets a method's own part of "cpu"."""
   if variant == "smoke":
     smoke(c)
+  elif variant == "cpu" and on_cpu:
+    cpu(c)
+    on_cpu(c)
   elif variant:
     raise ValueError(f"no variant '{variant}' of a config; there is 'smoke'.")
 
@@ -212,7 +215,7 @@ def cpu(c):
   """What methods have in common on two CPU cores: WRN-16-1 -> WRN-10-1, which starts with layers of its teacher.
 
   The teacher is one of others, converted (docs/teachers.md): name its folder in teacher.checkpoint. How long the run
-  is, about 20 minutes, belongs to the method.
+  is, which is meant to be about 20 minutes, belongs to the method.
   """
   c.name += "_cpu"
   c.teacher.net, c.student.net = "wrn_16_1", "wrn_10_1"

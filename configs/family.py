@@ -3,7 +3,7 @@
 from cpsc_jax.configs import cifar10, default, digits
 
 
-def build(method, variant, published, on_digits, on_cpu=None):
+def build(method, variant, published, on_digits, on_cpu):
   """The config of a method: variants "" (CIFAR-10) and "digits", and "smoke" and "digits_smoke", either cut down.
 
   `published` sets everything that belongs to the method; `on_digits` what is different on the digits, and `on_cpu` in
@@ -27,11 +27,7 @@ def build(method, variant, published, on_digits, on_cpu=None):
       c.generator.update({key: kept["generator"][key] for key in ("width", "latent_dim")} | {"flip": False})
       c.pool.views = 1
       on_digits(c)
-    if variant == "cpu" and on_cpu:
-      default.cpu(c)
-      on_cpu(c)
-      variant = ""
-    default.apply_variant(c, "smoke" if variant.endswith("smoke") else "" if small else variant)
+    default.apply_variant(c, "smoke" if variant.endswith("smoke") else "" if small else variant, on_cpu)
   return c
 
 

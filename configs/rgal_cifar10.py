@@ -15,7 +15,7 @@ from cpsc_jax.configs import default, family
 
 def get_config(variant=""):
   if variant == "paper":
-    c = family.build("rgal", "", paper, on_digits)
+    c = family.build("rgal", "", paper, on_digits, on_cpu)
     with c.unlocked():
       c.name += "_paper"
     return c

@@ -137,7 +137,7 @@ def student_update(setup: Setup, teacher: Tree, state: State, batch: Batch, key:
   def teach(batch: Batch) -> Output | None:
     if batch.logits is not None:
       return Output(batch.logits)
-    return setup.teacher.apply(teacher, batch.images, train=False) if setup.teacher else None
+    return teach_with(setup, teacher)(batch.images) if setup.teacher else None
 
   stats, policy = student.batch_stats, setup.student.policy
   got = gradients.take(loss, student.params, stats, batch, key, policy, student.loss_scale, teach)

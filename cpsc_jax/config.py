@@ -285,7 +285,7 @@ CHECKS = (
 
 
 def waiting_epochs(config: Config) -> int:
-  """Epochs at the start in which the student is not trained (FastDFKD's warm-up)."""
+  """Epochs at the start in which the student is not trained: the warm-up of FastDFKD and NAYER."""
   return config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
 
 

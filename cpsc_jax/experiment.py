@@ -81,7 +81,6 @@ def initial_state(
   """
   with working("drawing the initial weights"):
     state = initial.state(setup, key, image_shape)
-    teacher = jax.tree.map(jnp.copy, teacher)  # an epoch consumes its state, which must not be the teacher itself
     if config.student.inherit and teacher is not None:
       state = _with_inherited(state, teacher)
     if config.student.classifier == "teacher" and teacher is not None:
@@ -99,11 +98,12 @@ def _with_inherited(state: State, teacher: Tree) -> State:
       " False or choose nets of one family and width."
     )
   say(f"{taken:,} of the student's {nets.count_parameters(variables['params']):,} parameters start as the teacher's")
-  return state.replace(student=state.student.replace(**variables))
+  # An epoch consumes its state, which must not have the teacher's own arrays.
+  return state.replace(student=state.student.replace(**jax.tree.map(jnp.copy, variables)))
 
 
 def _with_classifier(setup: Setup, state: State, image_shape: tuple[int, int, int], teacher: Tree) -> State:
-  layer = nets.classifier_layer(setup.teacher, teacher, image_shape)
+  layer = jax.tree.map(jnp.copy, nets.classifier_layer(setup.teacher, teacher, image_shape))
   path = nets.classifier_path(setup.student.net, image_shape)
   params = nets.with_classifier(state.student.params, path, layer)
   return state.replace(student=state.student.replace(params=params))

@@ -131,7 +131,7 @@ def draw_samples(path: str | pathlib.Path, images: np.ndarray, rows: list[str], 
   axis.set_xticks([])
   axis.spines[:].set_visible(False)
   figure.suptitle(title, fontsize=11, parse_math=False)
-  _save(figure, path, dpi=80)
+  save_figure(figure, path, dpi=80)
 
 
 def mosaic(images: np.ndarray) -> tuple[np.ndarray, int]:
@@ -154,7 +154,7 @@ def draw_curves(path: str | pathlib.Path, history: dict[str, list[dict]], result
   panel, the weighted total that it minimises.
   """
   figure = curves(history["student"], results)
-  _save(figure, path, dpi=100)
+  save_figure(figure, path, dpi=100)
 
 
 def curves(entries: list[dict], results: dict[str, Any]) -> Figure:
@@ -277,7 +277,7 @@ def _legend(axis: matplotlib.axes.Axes) -> None:
   )
 
 
-def _save(figure: Figure, path: str | pathlib.Path, **options: Any) -> None:
+def save_figure(figure: Figure, path: str | pathlib.Path, **options: Any) -> None:
   """Writes a PNG, whole or not at all."""
   png = io.BytesIO()
   figure.savefig(png, format="png", **options)

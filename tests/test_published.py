@@ -32,6 +32,16 @@ CMI_GENERATOR = {
   "generator.b2": 0.999,
   "generator.milestones": (),
 }
+FAST_STUDENT = {  # of FastDFKD, whose code NAYER builds on
+  "student.lr": 0.2,
+  "student.lr_end": 2e-4,
+  "student.weight_decay": 1e-4,
+  "student.schedule": "cosine",
+  "student.warmup_epochs": 0,
+  "student.crop_pad": 4,
+  "student.flip": True,
+  "loss.kd_temperature": 20.0,
+}
 PUBLISHED = {
   "dafl": BENCHMARK_STUDENT
   | CMI_GENERATOR
@@ -189,6 +199,7 @@ PUBLISHED = {
     "loss.student": {"l1": 1.0},
   },
   "fast": CMI_GENERATOR
+  | FAST_STUDENT
   | {
     "teacher.net": "wrn_40_2",
     "student.net": "wrn_16_1",
@@ -204,14 +215,6 @@ PUBLISHED = {
     "generator.crop_pad": 4,
     "generator.flip": True,
     "student.steps": 400,
-    "student.lr": 0.2,
-    "student.lr_end": 2e-4,
-    "student.weight_decay": 1e-4,
-    "student.schedule": "cosine",
-    "student.warmup_epochs": 0,
-    "student.crop_pad": 4,
-    "student.flip": True,
-    "loss.kd_temperature": 20.0,
     "episodes.form": "maml",
     "episodes.latent_lr": 0.01,
     "episodes.bn_momentum": 0.9,
@@ -221,6 +224,7 @@ PUBLISHED = {
     "loss.student": {"kd": 1.0},
   },
   "nayer": CMI_GENERATOR
+  | FAST_STUDENT
   | {
     "teacher.net": "wrn_40_2",
     "student.net": "wrn_16_1",
@@ -236,14 +240,6 @@ PUBLISHED = {
     "generator.crop_pad": 4,
     "generator.flip": True,
     "student.steps": 400 // 2,
-    "student.lr": 0.2,
-    "student.lr_end": 2e-4,
-    "student.weight_decay": 1e-4,
-    "student.schedule": "cosine",
-    "student.warmup_epochs": 0,
-    "student.crop_pad": 4,
-    "student.flip": True,
-    "loss.kd_temperature": 20.0,
     "episodes.bn_momentum": 0.9,
     "episodes.warmup": 20 * 10,
     "episodes.life": 10 * 2,

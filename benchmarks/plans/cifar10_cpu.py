@@ -1,4 +1,4 @@
-"""CIFAR-10 on two CPU cores: every method that has the variant "cpu", about 20 minutes each.
+"""CIFAR-10 on two CPU cores: every method in its variant "cpu", meant to take about 20 minutes.
 
 Needs --config.teacher.checkpoint=DIR, the converted WRN-16-1 of docs/teachers.md, and --config.dataset.data_dir=DIR.
 """
