@@ -1,12 +1,14 @@
 """A plan of runs, carried out row by row, and the tables of what is finished.
 
-  python -m benchmarks.table benchmarks/plans/cifar10_cpu.py [--out runs/table] [--jobs 1] [--budget 2h]
+  python -m benchmarks.table benchmarks/plans/digits.py [--only cpsc,fast] [--out runs/table] [--jobs 1] [--budget 2h]
     [--into docs/results.md] [--config.KEY=VALUE ...]
 
-A plan is a Python file with PAIR (a title), ROWS, best expected evidence first, and PUBLISHED, figures of others for
-the same pair. Each seed of a row is a run of its own in OUT/PLAN/ROW-SEED. A finished run is not repeated; with
---budget nothing is begun after that time, and what is under way is stopped then and resumed by the next call, here or
-where OUT was copied to. Flags after the options are given to every run, such as the folder of a teacher.
+A plan is a Python file with PAIR (a title) and ROWS, best expected evidence first; also BASE, the row with which others
+are compared seed by seed, and PUBLISHED, figures of others for the same pair. Each seed of a row is a run of its own in
+OUT/PLAN/ROW-SEED. A finished run is not repeated; with --budget nothing is begun after that time, and what is under way
+is stopped then and resumed by the next call, here or where OUT was copied to. Flags after the options are given to
+every run, such as the folder of a teacher. With --jobs N that many runs are under way at a time, each on its own share
+of the cores.
 
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
 of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
@@ -16,15 +18,10 @@ runs alone.
 
 import argparse
 import concurrent.futures
-import dataclasses
 import json
 import pathlib
 import queue
-import re
-import runpy
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,61 +30,26 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from benchmarks.methods import KEPT, REPOSITORY, put_between, run, shares
-from cpsc_jax.config import differences, waiting_epochs
+from benchmarks import plan as plans
+from benchmarks.plan import Plan, Row, folder
+from cpsc_jax.config import waiting_epochs
 from cpsc_jax.errors import Refusal
-from cpsc_jax.main import parse
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name, save_figure
 
-UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A row of a plan: `config` as --config takes it, more `flags`, and the seeds it is to be run with."""
-
-  name: str
-  config: str
-  flags: tuple[str, ...] = ()
-  seeds: tuple[int, ...] = (0,)
-
-  @property
-  def slug(self) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a plan's file declares. `published`: rows of others, (what, accuracy, of which teacher)."""
-
-  name: str
-  pair: str
-  rows: tuple[Row, ...]
-  published: tuple[tuple[str, str, str], ...] = ()
-
-
-def read(path: pathlib.Path) -> Plan:
-  """The plan in a file.
-
-  Raises:
-    Refusal: no such file, a file that lacks PAIR or ROWS, or two rows of one name.
-  """
-  try:
-    scope = runpy.run_path(str(path))  # a plan is a program of the user's own, as a config is
-  except OSError as error:
-    raise Refusal(f"plan {path} cannot be read: {error.strerror}.") from None
-  lacking = [name for name in ("PAIR", "ROWS") if name not in scope]
-  if lacking:
-    raise Refusal(f"plan {path} lacks {' and '.join(lacking)}; see benchmarks/plans for an example.")
-  rows = tuple(scope["ROWS"])
-  if len({row.slug for row in rows}) < len(rows):
-    raise Refusal(f"plan {path} has two rows of the same name; rename one.")
-  return Plan(path.stem, scope["PAIR"], rows, tuple(scope.get("PUBLISHED", ())))
-
-
-def folder(out: pathlib.Path, plan: Plan, row: Row, seed: int) -> pathlib.Path:
-  return out / plan.name / f"{row.slug}-{seed}"
+KEPT = (
+  "seed",
+  "arm",
+  "method",
+  "teacher",
+  "student",
+  "generator",
+  "evaluation",
+  "samples",
+  "seconds",
+  "seconds_by_part",
+  "hardware",
+)  # of results.json
 
 
 def finished(out: pathlib.Path, plan: Plan) -> dict[str, list[dict]]:
@@ -107,57 +69,75 @@ def finished(out: pathlib.Path, plan: Plan) -> dict[str, list[dict]]:
 
 def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
   """The plan as Markdown; rows without a finished run say so."""
-  lines = [
-    "| row | seeds | last epoch | mean | deviation | best epoch | gap to teacher | agreement | fidelity |"
-    " student's images | minutes |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
-  ]
+  against = f"against {plan.base}" if plan.base else ""
+  columns = ("row", "seeds", "last epoch", "mean", "deviation", against, "best epoch", "gap to teacher", "agreement")
+  columns = [name for name in (*columns, "fidelity", "student's images", "seconds") if name]
+  lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   for row in plan.rows:
-    lines.append(_line(row, found.get(row.name, [])))
+    runs = found.get(row.name, [])
+    cells = {"row": row.name} | (_cells(runs) if runs else {"seeds": "not measured"})
+    if runs and plan.base:
+      cells[against] = "" if row.name == plan.base else _against(runs, found.get(plan.base, []))
+    lines.append(f"| {' | '.join(cells.get(name, '') for name in columns)} |")
   for what, accuracy, teacher in plan.published:
-    lines.append(f"| *published:* {what} | | {accuracy} | | | | {teacher} | | | | |")
-  return "\n".join([f"**{plan.pair}**", "", *lines, "", *_notes(found)])
+    cells = {"row": f"*published:* {what}", "last epoch": accuracy, "gap to teacher": teacher}
+    lines.append(f"| {' | '.join(cells.get(name, '') for name in columns)} |")
+  return "\n".join([f"**{plan.pair}**", "", *lines, "", *_notes(plan, found)])
 
 
-def _line(row: Row, runs: list[dict]) -> str:
-  if not runs:
-    return f"| {row.name} | not measured | | | | | | | | | |"
-  last, best, agreed = [], [], []
-  for r in runs:
-    last.append(r["student"]["last"]["accuracy"])
-    agreed.append(r["student"]["last"]["agreement"])
-    best.append(f"{r['student']['best']['accuracy']:.4f} at {r['student']['best']['epoch']}")
-  gap = statistics.mean(r["teacher"]["accuracy"] - value for r, value in zip(runs, last, strict=True))
-  deviation = f"{statistics.stdev(last):.4f}" if len(last) > 1 else ""
+def _cells(runs: list[dict]) -> dict[str, str]:
+  """What the table says of the finished runs of a row."""
+  last, best = ([r["student"][which] for r in runs] for which in ("last", "best"))
+  accuracies = [entry["accuracy"] for entry in last]
+  gap = statistics.mean(r["teacher"]["accuracy"] - value for r, value in zip(runs, accuracies, strict=True))
   generators = [r["generator"] for r in runs if r["generator"]]
-  fidelity = ", ".join(f"{g[fidelity_name(g)]:.3f}" for g in generators if g[fidelity_name(g)] is not None)
-  minutes = statistics.mean(r["seconds"] for r in runs) / 60
-  cells = (
-    row.name,
-    ", ".join(str(r["seed"]) for r in runs),
-    ", ".join(f"{value:.4f}" for value in last),
-    f"{statistics.mean(last):.4f}",
-    deviation,
-    ", ".join(best),
-    f"{gap:.4f}",
-    ", ".join(f"{value:.4f}" for value in agreed),
-    fidelity,
-    f"{runs[0]['samples']['student']:,}",
-    f"{minutes:.0f}",
-  )
-  return f"| {' | '.join(cells)} |"
+  fidelity = [g[fidelity_name(g)] for g in generators if g[fidelity_name(g)] is not None]
+  pool = " (pool)" if fidelity and fidelity_name(generators[0]) == "pool_fidelity" else ""
+  return {
+    "seeds": ", ".join(str(r["seed"]) for r in runs),
+    "last epoch": ", ".join(f"{value:.4f}" for value in accuracies),
+    "mean": f"{statistics.mean(accuracies):.4f}",
+    "deviation": f"{statistics.stdev(accuracies):.4f}" if len(runs) > 1 else "",
+    "best epoch": ", ".join(f"{entry['accuracy']:.4f} at {entry['epoch']}" for entry in best),
+    "gap to teacher": f"{gap:.4f}",
+    "agreement": f"{statistics.mean(entry['agreement'] for entry in last):.4f}",
+    "fidelity": f"{statistics.mean(fidelity):.3f}{pool}" if fidelity else "",
+    "student's images": f"{runs[0]['samples']['student']:,}",
+    "seconds": f"{statistics.median(r['seconds'] for r in runs):,.0f}",
+  }
 
 
-def _notes(found: Mapping[str, list[dict]]) -> list[str]:
-  """The teacher, the images and the hardware of all finished runs, each named once."""
+def _against(runs: list[dict], base: list[dict]) -> str:
+  """The mean difference in accuracy to the same seeds of the base row, and its standard error."""
+  known = {r["seed"]: r["student"]["last"]["accuracy"] for r in base}
+  both = [r["student"]["last"]["accuracy"] - known[r["seed"]] for r in runs if r["seed"] in known]
+  if not both:
+    return ""
+  error = f" ± {statistics.stdev(both) / len(both) ** 0.5:.4f}" if len(both) > 1 else ""
+  return f"{statistics.mean(both):+.4f}{error}"
+
+
+def _notes(plan: Plan, found: Mapping[str, list[dict]]) -> list[str]:
+  """The teachers, the images and the hardware of all finished runs, each named once."""
   runs = [r for of_row in found.values() for r in of_row]
-  said = {
-    f"Teacher {r['teacher']['net']}, {r['teacher']['accuracy']:.4f}; {r['evaluation']['images']:,} images of the"
-    f" {r['evaluation']['split']} split; {r['hardware']['cores']} core(s) of {r['hardware']['cpu']},"
-    f" {r['hardware']['devices']} x {r['hardware']['device']}. Minutes are of the whole command."
+  if not runs:
+    return ["Nothing is measured yet."]
+  of_net: dict[str, set[tuple[int, float]]] = {}
+  for r in runs:
+    of_net.setdefault(r["teacher"]["net"], set()).add((r["seed"], r["teacher"]["accuracy"]))
+  lines = []
+  for net, pairs in sorted(of_net.items()):
+    values = [accuracy for _, accuracy in sorted(pairs)]
+    each = ", ".join(f"{accuracy:.4f} (seed {seed})" for seed, accuracy in sorted(pairs))
+    several = len(set(values)) > 1
+    lines.append(f"Teacher {net}: {f'{each}; mean {statistics.mean(values):.4f}' if several else f'{values[0]:.4f}'}.")
+  measured = {
+    f"{r['evaluation']['images']:,} images of the {r['evaluation']['split']} split; {r['hardware']['cores']} core(s) of"
+    f" {r['hardware']['cpu']}, {r['hardware']['devices']} x {r['hardware']['device']}."
     for r in runs
   }
-  return sorted(said) or ["Nothing is measured yet."]
+  compared = [f"The column against {plan.base} pairs seeds; after ± its standard error."] if plan.base else []
+  return [*lines, *sorted(measured), "Seconds are the median of whole commands.", *compared]
 
 
 def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> None:
@@ -222,45 +202,17 @@ def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
   save_figure(figure, path, dpi=120)
 
 
-def commit() -> str:
-  """The commit of this checkout, with "+" where files differ from it."""
-
-  def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-
-  return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def carry_out(row: Row, seed: int, workdir: pathlib.Path, flags: Sequence[str], cores: set[int], until: float) -> None:
-  """Runs or resumes one seed of a row on these `cores`; tells it to stop at the time `until`.
+def put_between(page: pathlib.Path, marks: tuple[str, str], text: str) -> None:
+  """Puts `text` in place of what stands between two marks of a Markdown file.
 
   Raises:
-    Refusal: the run failed, and its last line is quoted; or the folder has a run of another command or config.
+    Refusal: the file lacks the marks.
   """
-  given = [f"--config={row.config}", f"--config.seed={seed}", *row.flags]
-  about = {"command": shlex.join(["cpsc-jax", *given]), "commit": commit()}
-  origin = workdir.with_suffix(".origin.json")
-  if origin.exists() and (known := json.loads(origin.read_text())["command"]) != about["command"]:
-    raise Refusal(f"{workdir} was begun as '{known}', not as '{about['command']}'; delete it or rename the row.")
-  if (workdir / "config.json").exists():
-    config = parse(["cpsc-jax", *given, *flags])[0]
-    if differ := differences(config, json.loads((workdir / "config.json").read_text())):
-      raise Refusal(f"{workdir} was run with another {', '.join(differ)}; delete it or rename the row.")
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  if not origin.exists() and time.monotonic() < until:
-    write_whole(origin, (json.dumps(about) + "\n").encode())
-  done = run(row.config, [*given[1:], *flags], workdir, cores, until)
-  if done or workdir.exists():
-    print(f"{row.name}, seed {seed}: {'done' if done else 'stopped; the same command resumes it'}", flush=True)
-
-
-def seconds_of(text: str) -> float:
-  """Seconds of "90s", "30m" or "2h"."""
-  number, unit = text[:-1], text[-1:]
-  try:
-    return float(number) * UNITS[unit]
-  except (KeyError, ValueError):
-    raise Refusal(f"--budget is '{text}'; expected a number and s, m or h, such as 2h.") from None
+  before, begin, rest = page.read_text().partition(marks[0])
+  _, end, after = rest.partition(marks[1])
+  if not (begin and end):
+    raise Refusal(f"{page} lacks the marks {' and '.join(marks)}; put them where the table is to stand.")
+  write_whole(page, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog="python -m benchmarks.table", description=__doc__.split("\n")[0], allow_abbrev=False
   )
   parser.add_argument("plan", type=pathlib.Path, help="a Python file with PAIR and ROWS")
+  parser.add_argument("--only", help="rows to run, with commas between (default: all)")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/table"), help="(default: %(default)s)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--budget", help="time after which nothing is begun, such as 2h (default: any)")
@@ -278,29 +231,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [flag for flag in flags if not flag.startswith("--config.")]
     if wrong:
       raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
-    until = time.monotonic() + (seconds_of(options.budget) if options.budget else 10**9)
-    plan = read(options.plan)
-    write(options.out, plan, options.into)
-    cores = queue.Queue()
-    for share in shares(options.jobs):
-      cores.put(share)
-
-    def one(row: Row, seed: int) -> None:
-      share = cores.get()
-      try:
-        carry_out(row, seed, folder(options.out, plan, row, seed).absolute(), flags, share, until)
-      finally:
-        cores.put(share)
-
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-      for future in [pool.submit(one, row, seed) for row in plan.rows for seed in row.seeds]:
-        future.result()
-        write(options.out, plan, options.into)
+    until = time.monotonic() + (plans.seconds_of(options.budget) if options.budget else 10**9)
+    plan = plans.read(options.plan)
+    names = [name.strip() for name in options.only.split(",")] if options.only else [row.name for row in plan.rows]
+    if unknown := [name for name in names if name not in {row.name for row in plan.rows}]:
+      raise Refusal(f"no row '{unknown[0]}'; there are {', '.join(row.name for row in plan.rows)}.")
+    work(options, plan, [row for row in plan.rows if row.name in names], flags, until)
     print(table(plan, finished(options.out, plan)))
     return 0
   except Refusal as refusal:
     print(f"benchmarks.table: {refusal}", file=sys.stderr)
     return 2
+
+
+def work(options: argparse.Namespace, plan: Plan, rows: Sequence[Row], flags: Sequence[str], until: float) -> None:
+  """Carries out what is not finished of `rows`, those that train teachers before those that are given them."""
+  write(options.out, plan, options.into)
+  cores = queue.Queue()
+  for share in plans.shares(options.jobs):
+    cores.put(share)
+
+  def one(row: Row, seed: int) -> None:
+    share = cores.get()
+    try:
+      plans.carry_out(plan, row, seed, options.out, flags, share, until)
+    finally:
+      cores.put(share)
+
+  for taught in (False, True):
+    tasks = [(row, seed) for row in rows for seed in row.seeds if bool(row.teacher) == taught]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+      for future in [pool.submit(one, *task) for task in tasks]:
+        future.result()
+        write(options.out, plan, options.into)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
 
 PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+_DELETE_ORIGIN = "delete it if the teacher is still that of the run's beginning"
+_DELETE_RESULTS = "delete that file and run the same command again to have it written anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +70,37 @@ def earlier_results(workdir: pathlib.Path | None, config: Config) -> dict | None
         f"{workdir} has {', '.join(found)} of a run but no config.json that says of which; choose another --workdir."
       )
     return None
-  if changed := configs.differences(config, saved):
+  if changed := differences(workdir, config, saved):
     raise Refusal(
       f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir."
     )
-  return _read(workdir / "results.json", "delete that file and run the same command again to have it written anew")
+  results = _read(workdir / "results.json", _DELETE_RESULTS)
+  if results and config.teacher.checkpoint and _same_teacher(workdir, config) is False:
+    raise Refusal(
+      f"{workdir} is finished, with another teacher than the one that is in {config.teacher.checkpoint} now; put that"
+      " one back or choose another --workdir."
+    )
+  return results
+
+
+def differences(workdir: pathlib.Path, config: Config, saved: dict) -> list[str]:
+  """The dotted keys in which `config` is not what `workdir` was begun with, whose config.json says `saved`.
+
+  The folder of a given teacher may have been moved: if its digest is that of the beginning, its place does not count.
+  """
+  changed = configs.differences(config, saved)
+  if "teacher.checkpoint" in changed and saved.get("teacher", {}).get("checkpoint") and _same_teacher(workdir, config):
+    changed.remove("teacher.checkpoint")
+  return changed
+
+
+def _same_teacher(workdir: pathlib.Path, config: Config) -> bool | None:
+  """Whether the teacher that `config` names is the one that `workdir` was begun with; None where that is not known."""
+  begun = (_read(workdir / "origin.json", _DELETE_ORIGIN) or {}).get("teacher_digest")
+  begun = begun or (_read(workdir / "results.json", _DELETE_RESULTS) or {}).get("teacher", {}).get("digest")
+  if not (begun and (pathlib.Path(config.teacher.checkpoint) / checkpoint.CARD).exists()):
+    return None
+  return checkpoint.read_card(config.teacher.checkpoint).get("digest") == begun
 
 
 def _read(path: pathlib.Path, mend: str) -> dict | None:
@@ -122,7 +150,7 @@ def bind(workdir: pathlib.Path | None, teacher: Teacher) -> None:
 
 
 def _bind(path: pathlib.Path, digest: str | None) -> None:
-  origin = _read(path, "delete it if the teacher is still that of the run's beginning")
+  origin = _read(path, _DELETE_ORIGIN)
   if origin is None:
     write_whole(path, (json.dumps({"teacher_digest": digest, "versions": _versions()}, indent=2) + "\n").encode())
   elif origin.get("teacher_digest") != digest:

@@ -380,6 +380,28 @@ def test_a_teacher_that_was_exchanged_is_refused(capsys, tmp_path, digits_dir, f
   assert main(command(workdir, digits_dir)) == 0 and results_of(workdir)["student"] == results_of(finished)["student"]
 
 
+def test_a_given_teacher_may_be_moved_but_not_exchanged(capsys, tmp_path, digits_dir, finished):
+  """Its digest says which it is, before and after the end of the run."""
+
+  def argv(teacher):
+    return command(tmp_path / "w", digits_dir, "--config.arm=real_kd", f"--config.teacher.checkpoint={teacher}")
+
+  shutil.copytree(finished / "teacher", tmp_path / "first")
+  assert main(argv(tmp_path / "first")) == 0
+  want = results_of(tmp_path / "w")
+  shutil.move(tmp_path / "first", tmp_path / "second")
+  for again in (False, True):  # finished; and with the results to be written anew
+    if again:
+      (tmp_path / "w" / "results.json").unlink()
+    assert main(argv(tmp_path / "second")) == 0 and results_of(tmp_path / "w")["student"] == want["student"]
+  shutil.copytree(finished / "student", tmp_path / "first")
+  refused(capsys, argv(tmp_path / "first")[1:], "belongs to another config (it differs in teacher.checkpoint)")
+  shutil.rmtree(tmp_path / "second")
+  assert main(argv(tmp_path / "second")) == 0, "what is finished does not need its teacher"
+  shutil.move(tmp_path / "first", tmp_path / "second")
+  refused(capsys, argv(tmp_path / "second")[1:], "is finished, with another teacher", "put that one back")
+
+
 def test_non_finite_loss_ends_the_run(capsys, tmp_path, digits_dir, finished):
   argv = command(tmp_path / "w", digits_dir, f"--config.teacher.checkpoint={finished / 'teacher'}")[1:]
   assert main(["main", *argv, "--config.student.lr=1e30", "--config.student.warmup_epochs=0"]) == 3

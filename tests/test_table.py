@@ -1,4 +1,4 @@
-"""benchmarks/table.py: rows come from finished runs alone; plans are resumed, stopped by a budget and refused."""
+"""benchmarks/plan.py and table.py: rows come from finished runs alone; plans are resumed, stopped and refused."""
 
 import json
 import sys
@@ -12,14 +12,14 @@ from cpsc_jax.configs import digits
 from cpsc_jax import events as events_module
 from cpsc_jax.errors import Refusal
 from cpsc_jax.events import Events
+from cpsc_jax.main import parse
 
 sys.path.insert(0, str(REPOSITORY))
 
-from test_benchmarks import result
-
+from benchmarks import plan as plans
 from benchmarks import table
 
-PLAN = """from benchmarks.table import Row
+PLAN = """from benchmarks.plan import Row
 PAIR = "a pair"
 ROWS = (Row("one", "digits:smoke", seeds=(0, 1)), Row("two, other", "digits:smoke", ("--config.student.lr=0.2",)))
 PUBLISHED = (("a paper", "94.1 %", "95.7 %"),)
@@ -46,18 +46,30 @@ def plan(tmp_path, monkeypatch):
   run = tmp_path / "run"
   run.write_text(RUN.format(python=sys.executable, made=str(tmp_path / "made")))
   run.chmod(0o755)
-  monkeypatch.setattr(table.sys, "executable", str(run))
-  monkeypatch.setattr(table, "commit", lambda: "abc")
+  monkeypatch.setattr(plans.sys, "executable", str(run))
+  monkeypatch.setattr(plans, "commit", lambda: "abc")
   path = tmp_path / "small.py"
   path.write_text(PLAN)
   return path
 
 
-def finished(seed, accuracy):
-  found = result(seed, accuracy, 0.95)
-  found["teacher"]["net"] = "wrn_16_1"
-  found["hardware"] |= {"devices": 1, "device": "cpu"}
-  return found
+def finished(seed, accuracy, best=0.95, teacher=0.99):
+  def entry(value):
+    return {"epoch": 1, "accuracy": value, "agreement": value}
+
+  return {
+    "seed": seed,
+    "arm": "distill",
+    "method": "cpsc",
+    "teacher": {"net": "wrn_16_1", "accuracy": teacher},
+    "student": {"last": entry(accuracy), "best": entry(best)},
+    "generator": None,
+    "evaluation": {"split": "test", "images": 454},
+    "samples": {"generator": 1000, "student": 2000},
+    "seconds": 30.0,
+    "seconds_by_part": {"teacher": 1.0, "student": 20.0 + seed},
+    "hardware": {"cores": 1, "cpu": "a CPU", "devices": 1, "device": "cpu"},
+  }
 
 
 def make(workdir):
@@ -80,19 +92,86 @@ def calls(out, name):
 
 def test_a_row_is_written_from_finished_runs_alone(tmp_path, plan):
   """Whatever else lies in the folders: a log, a history, an unfinished run."""
-  p, out = table.read(plan), tmp_path / "out"
+  p, out = plans.read(plan), tmp_path / "out"
   text = table.table(p, table.finished(out, p))
-  assert text.count("not measured") == 2 and "| *published:* a paper | | 94.1 % |" in text and "**a pair**" in text
-  workdir = table.folder(out, p, p.rows[0], 0)
+  assert text.count("not measured") == 2 and "| *published:* a paper |  | 94.1 % |" in text and "**a pair**" in text
+  workdir = plans.folder(out, p, p.rows[0], 0)
   workdir.mkdir(parents=True)
   (workdir / "history.json").write_text("{}")
   workdir.with_suffix(".origin.json").write_text(json.dumps({"command": "c", "commit": "abc"}))
   assert table.finished(out, p) == {"one": [], "two, other": []}
   make(workdir)
-  row = "| one | 0 | 0.9000 | 0.9000 |  | 0.9500 at 1 | 0.0900 | 0.9000 |  | 2,000 | 0 |"
+  row = "| one | 0 | 0.9000 | 0.9000 |  | 0.9500 at 1 | 0.0900 | 0.9000 |  | 2,000 | 30 |"
   text = table.table(p, table.finished(out, p))
   assert row in text.splitlines() and text.count("not measured") == 1
-  assert "Teacher wrn_16_1, 0.9900; 454 images of the test split; 1 core(s) of a CPU, 1 x cpu." in text
+  assert "Teacher wrn_16_1: 0.9900." in text
+  assert "454 images of the test split; 1 core(s) of a CPU, 1 x cpu." in text
+
+
+def test_rows_are_compared_with_the_base_seed_by_seed():
+  rows = (plans.Row("base", "digits", seeds=(0, 1, 2)), plans.Row("other", "digits", seeds=(1, 2)))
+  runs = {
+    "base": [finished(seed, last, teacher=0.99 + 0.001 * seed) for seed, last in enumerate((0.90, 0.92, 0.94))],
+    "other": [finished(seed, last, teacher=0.99 + 0.001 * seed) for seed, last in ((1, 0.93), (2, 0.97))],
+  }
+  runs["other"][0]["generator"] = {"pool_fidelity": 0.9}
+  text = table.table(plans.Plan("p", "a pair", rows, base="base"), runs)
+  assert "| deviation | against base | best epoch |" in text
+  assert "| base | 0, 1, 2 | 0.9000, 0.9200, 0.9400 | 0.9200 | 0.0200 |  |" in text
+  # differences 0.01 and 0.03: their mean, and their deviation 0.0141 over the root of 2
+  assert "| 0.9500 | 0.0283 | +0.0200 ± 0.0100 |" in text and "| 0.900 (pool) |" in text
+  assert "Teacher wrn_16_1: 0.9900 (seed 0), 0.9910 (seed 1), 0.9920 (seed 2); mean 0.9910." in text
+  assert "| other | not measured |" in table.table(plans.Plan("p", "a pair", rows, base="base"), {"base": runs["base"]})
+
+
+def test_rows_are_given_the_teachers_of_another(tmp_path, plan, capsys):
+  """Those of their seed, after all of them are trained; of an unfinished row there is none."""
+  out = tmp_path / "out"
+  plan.write_text("""from benchmarks.plan import Row
+PAIR, BASE = "a pair", "one"
+ROWS = (
+  Row("one", "digits:smoke", seeds=(0, 1)),
+  Row("taught", "digits:smoke", seeds=(1,), teacher="one"),
+  Row("last", "digits:smoke"),
+)""")
+  assert table.main([str(plan), f"--out={out}", "--only=taught"]) == 2
+  assert "takes its teachers from 'one'; run that row first, seed 1" in capsys.readouterr().err
+  (tmp_path / "made" / "teacher").mkdir()
+  assert table.main([str(plan), f"--out={out}", "--only=one, taught"]) == 0
+  given = (out / "small" / "taught-1" / "calls").read_text()
+  assert f"--config.teacher.checkpoint={out / 'small' / 'one-1' / 'teacher'}" in given
+  assert not (out / "small" / "last-0").exists()
+  command = json.loads((out / "small.json").read_text())["taught"][0]["command"]
+  assert str(tmp_path) not in command, "no path of this machine"
+  assert table.main([str(plan), f"--out={out}", "--only=nobody"]) == 2
+  assert "no row 'nobody'; there are one, taught, last" in capsys.readouterr().err
+
+
+def test_a_plan_on_a_copy_elsewhere_goes_on(tmp_path, plan):
+  """Finished rows with the teachers of another are not run again, though the teachers lie elsewhere now."""
+  first, second = tmp_path / "first", tmp_path / "second"
+  plan.write_text(PLAN.replace("seeds=(0, 1)", "seeds=(0,)").replace('("--config.student.lr=0.2",)', 'teacher="one"'))
+  (tmp_path / "made" / "teacher").mkdir()
+  (tmp_path / "made" / "teacher" / "net.json").write_text(json.dumps({"digest": "a digest"}))
+  assert table.main([str(plan), f"--out={first}"]) == 0
+  workdir, teacher = first / "small" / "two_other-0", first / "small" / "one-0" / "teacher"
+  config = digits.get_config("smoke").to_dict()
+  config["teacher"]["checkpoint"] = str(teacher)
+  (workdir / "config.json").write_text(json.dumps(config))
+  (workdir / "origin.json").write_text(json.dumps({"teacher_digest": "a digest"}))
+  first.rename(second)
+  assert table.main([str(plan), f"--out={second}"]) == 0 and calls(second, "two_other-0") == 1
+
+
+def test_cores_are_divided_among_the_jobs():
+  for jobs in (1, 2, 64):
+    shares = plans.shares(jobs)
+    assert len(shares) <= jobs and sum(map(len, shares)) == len(set().union(*shares)) > 0
+
+
+def test_a_real_run_that_fails_is_named(tmp_path):
+  with pytest.raises(Refusal, match=r"dafl-0 failed with 2: cpsc_jax: .*no key 'no_such'"):
+    plans.run(["--config=digits:smoke", "--config.no_such=1"], tmp_path / "dafl-0", {0}, time.monotonic() + 600)
 
 
 def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
@@ -145,6 +224,14 @@ def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):
   assert "lacks ROWS" in refused(str(plan))
   plan.write_text(PLAN.replace("two, other", "One"))
   assert "two rows of the same name" in refused(str(plan))
+  plan.write_text(PLAN + 'BASE = "three"')
+  assert "has no row 'three', which its BASE names" in refused(str(plan))
+  for teacher, seed in (("three", 0), ("two, other", 0), ("one", 9)):
+    late = f'\nROWS = (Row("last", "digits", seeds=({seed},), teacher={teacher!r}), *ROWS)'
+    if teacher == "one":
+      late = f'\nROWS = (*ROWS, Row("last", "digits", seeds=({seed},), teacher="one"))'
+    plan.write_text(PLAN + late)
+    assert f"takes its teachers from '{teacher}', which is no earlier row" in refused(str(plan))
 
 
 def test_a_run_that_was_resumed_has_one_timeline(tmp_path, monkeypatch):
@@ -161,8 +248,7 @@ def test_a_run_that_was_resumed_has_one_timeline(tmp_path, monkeypatch):
 
 def test_the_plans_of_the_repository_can_be_read():
   for path in sorted(REPOSITORY.glob("benchmarks/plans/*.py")):
-    for row in table.read(path).rows:
-      file, _, variant = row.config.partition(":")
-      assert (REPOSITORY / "configs" / f"{file}.py").is_file() and variant
+    for row in plans.read(path).rows:
+      assert parse(["cpsc-jax", f"--config={row.config}", *row.flags])
   with pytest.raises(Refusal, match="--budget is"):
-    table.seconds_of("h")
+    plans.seconds_of("h")

@@ -3,7 +3,7 @@
 Needs --config.teacher.checkpoint=DIR, the converted WRN-16-1 of docs/teachers.md, and --config.dataset.data_dir=DIR.
 """
 
-from benchmarks.table import Row
+from benchmarks.plan import Row
 
 PAIR = "CIFAR-10, WRN-16-1 -> WRN-10-1"
 ROWS = (

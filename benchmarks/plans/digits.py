@@ -1,0 +1,28 @@
+"""The digits: every method, control and option over five seeds, each with the same teachers."""
+
+from benchmarks.plan import Row
+from cpsc_jax.methods import METHODS
+
+PAIR, BASE = "Digits, WRN-16-1 -> WRN-10-1", "cpsc"
+SEEDS = (20, 21, 22, 23, 24)
+
+
+def row(name: str, *flags: str, config: str = "digits") -> Row:
+  return Row(name, config, tuple(f"--config.{flag}" for flag in flags), SEEDS, teacher="cpsc")
+
+
+ROWS = (
+  Row("cpsc", "digits", (), SEEDS),
+  row("untrained generator", "arm=untrained_generator"),
+  row("real_kd", "arm=real_kd"),
+  *(row(method, config=f"{method}_cifar10:digits") for method in METHODS if method != "cpsc"),
+  row("cpsc, nothing inherited", "student.inherit=False"),
+  row("cpsc + triplets", "loss.generator.triplet=0.1", "loss.student.triplet=0.1"),
+  row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
+  row("cpsc + average of the generator", "generator.ema=0.95"),
+  row("cpsc + between classes 0.25", "generator.between_share=0.25"),
+  row("cpsc + distillation at T 4", "loss.kd_temperature=4"),
+  row("cpsc + standardised logits", "loss.kd_standardise=True"),
+  row("cpsc + the teacher's classifier", "student.classifier=teacher", "loss.student.features=1"),
+  row("fast + kept logits", "pool.logits=True", config="fast_cifar10:digits"),
+)
