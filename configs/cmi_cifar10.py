@@ -8,8 +8,9 @@ ResNet-34 -> ResNet-18 94.84 %. Accuracy of this code: not measured. docs/method
 `:cpu` is cut to two CPU cores.
 """
 
-import ml_collections
 from cpsc_jax.configs import default, family
+
+from cpsc_jax import schema
 
 
 def get_config(variant=""):
@@ -20,17 +21,10 @@ def get_config(variant=""):
 
 
 def published(c):
-  c.loss.views = views = ml_collections.ConfigDict()
-  views.temperature = 0.1  # of the contrast of views
-  views.negatives = 4096  # samples of the bank in it
-  views.width = 256  # of the critic's output
-  views.lr = 1e-3  # of the critic's Adam, whose other settings are Adam's own
-  views.flip = True  # whether local views are mirrored at random
-  views.features = "batch_norm"  # the teacher's that are compared: "batch_norm", or "stages", as published for ResNets
+  schema.add_keys_of(c, "cmi")
   c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 1, 128
   c.pool.size, c.pool.batch_size, c.pool.dtype = 51200, 256, "uint8"
-  c.pool.bank = 40960  # samples whose features are remembered
   family.plain_generator(c, init="normal")
   c.generator.update({"lr": 1e-3, "steps": 200, "crop_pad": 4, "flip": True})
   family.benchmark_student(c, steps=400, crop_pad=4, flip=True)

@@ -8,8 +8,9 @@ two. Accuracy of this code: not measured. docs/methods.md lists what differs.
 docs/results.md has its accuracy.
 """
 
-import ml_collections
 from cpsc_jax.configs import default, family
+
+from cpsc_jax import schema
 
 RATES = {2: (5e-3, 0.015), 5: (3e-3, 0.01), 10: (2e-3, 0.01)}  # steps: learning rates of generator and latents
 STEPS = {"two": 2, "five": 5}
@@ -29,12 +30,8 @@ def get_config(variant=""):
 
 
 def published(c):
-  c.episodes = meta = ml_collections.ConfigDict()
-  meta.form = "maml"  # first-order; or "reptile"
-  meta.latent_lr = 0.01  # of the latents' Adam; the generator's own step has generator.steps times generator.lr
-  meta.bn_momentum = 0.9  # of the batch norm statistics that `bn` compares, over episodes
-  meta.warmup = 20  # without a student's update
-  meta.redraw_at = 140  # at which the generator's first layer is drawn anew; 0: never
+  schema.add_keys_of(c, "fast")
+  c.episodes.redraw_at = 140
   c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 220, 1, 256
   c.pool.size, c.pool.batch_size, c.pool.dtype = 56320, 256, "uint8"

@@ -8,8 +8,9 @@ docs/methods.md lists what differs.
 `--config nayer_cifar10:digits` is NAYER on the digits, `:cpu` is cut to two CPU cores.
 """
 
-import ml_collections
 from cpsc_jax.configs import default, family
+
+from cpsc_jax import schema
 
 
 def get_config(variant=""):
@@ -20,11 +21,8 @@ def get_config(variant=""):
 
 
 def published(c):
-  c.episodes = e = ml_collections.ConfigDict()
-  e.bn_momentum = 0.9  # of the batch norm statistics that `bn` compares, over batches
-  e.warmup = 200  # batches without a student's update
-  e.life = 20  # batches that one generator makes
-  e.warmup_life = 100  # the same in the warm-up
+  schema.add_keys_of(c, "nayer")
+  c.episodes.warmup = 200
   c.teacher.net, c.student.net = "wrn_40_2", "wrn_16_1"
   # 20 epochs of 10 batches, then 100 of 2 batches and 400 student steps: here 200 student steps after each batch.
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 200, 2, 512

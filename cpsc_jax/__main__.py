@@ -7,7 +7,8 @@
   cpsc-jax prepare NAME --data_dir DIR   prepare a data set
   cpsc-jax report WORKDIR                draw the pictures and the table of a finished run again
 
-cpsc-jax COMMAND --help explains the flags of a command, cpsc-jax --config digits --help those of a run.
+cpsc-jax COMMAND --help explains the flags of a command, cpsc-jax --config digits --help those of a run and every key of
+its config. cpsc-jax --list names all configs, methods, nets and data sets; cpsc-jax --version tells the version.
 """
 
 import sys

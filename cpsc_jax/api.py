@@ -11,12 +11,12 @@ import ml_collections
 import numpy as np
 
 from cpsc_jax import checkpoint, datasets, main, nets, sample, saved
-from cpsc_jax.config import REAL_ARMS, flatten
 from cpsc_jax.datasets import Dataset, InMemory
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.interop import export
 from cpsc_jax.mesh import make_mesh, replicate
 from cpsc_jax.run import run
+from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
 
@@ -146,7 +146,7 @@ def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Ma
   for key, value in {"student.net": student, **overrides}.items():
     if key not in values:
       raise Refusal(
-        f"the config has no key '{key}'{nets.suggestion(key, values)}; configs/default.py explains all keys."
+        f"the config has no key '{key}'{nets.suggestion(key, values)}; docs/config.md and --help explain all keys."
       )
     try:
       c.update_from_flattened_dict({key: value})

@@ -1,51 +1,22 @@
 """From the config as given to the config that runs: the reference switch, and every check, before any work."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from cpsc_jax import limits, methods, nets
+from cpsc_jax import methods, nets, schema
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import check_divisible
+from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.setup import Player
 
 Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
-REAL_ARMS = ("real_kd", "real_labels")
 EMBEDDINGS = ("classifier", "one_hot", "learned")
-CHOICES = {
-  "arm": ("distill", "untrained_generator", *REAL_ARMS),
-  "precision": ("float32", "bfloat16", "float16"),
-  "method": tuple(methods.METHODS),
-  "loss.ikd_form": ("mse", "log"),
-  "loss.scl_form": ("dense", "blockwise"),
-  "loss.kl_classes": ("sum", "mean"),
-  "loss.js_form": ("exact", "clamped"),
-  "loss.triplet.synthesis_of": ("teacher", "student"),
-  "loss.triplet.student_features": ("stages", "pooled"),
-  "pool.dtype": ("float32", "uint8"),
-  "generator.output": ("tanh", "sigmoid"),
-  "generator.init": ("torch", "normal"),
-  "generator.labels": ("uniform", "balanced"),
-  "generator.jitter": ("crops", "rolls"),
-  "generator.schedule": ("steps", "cosine"),
-  "generator.optimiser": ("adam", "restarted_adam"),
-  "generator.student_mode": ("eval", "train"),
-  "student.init": ("kaiming", "torch"),
-  "student.optimiser": ("sgd", "adam", "adamw"),
-  "student.schedule": ("cosine", "published_steps", "steps"),
-  "student.classifier": ("own", "teacher"),
-  "student.head": ("trained", "frozen"),
-  "teacher.optimiser": ("sgd", "adam", "adamw"),
-  "teacher.schedule": ("cosine", "cosine_per_epoch", "steps"),
-  "evaluate.split": ("test", "validation"),
-  "evaluate.headline": ("last", "best"),
-}
 
 
 def as_published(config: ml_collections.ConfigDict) -> None:
@@ -95,11 +66,7 @@ def resolve(
 
 
 def check_values(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
-  flat = dict(flatten(config))
-  for key, allowed in CHOICES.items():
-    if flat[key] not in allowed:
-      raise Refusal(f"config.{key} is '{flat[key]}'; it must be one of {', '.join(allowed)}.")
-  limits.check(flat)
+  schema.check(dict(flatten(config)))
 
 
 def check_reference(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -300,12 +267,3 @@ def differences(config: Config, saved: dict) -> list[str]:
   return sorted(
     k for k in ours.keys() | theirs.keys() if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, ...)
   )
-
-
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted key, value) pairs of a config or of nested dictionaries."""
-  for key, value in tree.items():
-    if isinstance(value, dict | ml_collections.ConfigDict | ml_collections.FrozenConfigDict):
-      yield from flatten(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value

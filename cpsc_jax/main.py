@@ -5,12 +5,16 @@ cpsc-jax --config digits [--workdir DIR] [--config.seed=1 ...]
 --config NAME|FILE    a ready config or the path of a config file; NAME:smoke is a run of seconds
 --workdir DIR         folder of the run (default: runs/ and the config's name); an interrupted run resumes from it
 --config.KEY=VALUE    overrides a key of the config, such as --config.student.lr=0.05
+--dry-run             says what would be read, computed and written, how much memory and time it needs, and ends
+--help, --list, --version
+                      every key with the config's values; ready configs, methods, nets and data sets; versions
 """
 
 import time
 
 STARTED = time.monotonic()
 
+import ast  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
 import re  # noqa: E402
@@ -22,12 +26,13 @@ import ml_collections  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from cpsc_jax import compile_cache, configs, mesh, stop  # noqa: E402
+from cpsc_jax import compile_cache, configs, describe, mesh, schema, stop  # noqa: E402
 from cpsc_jax.command import INTERRUPTED  # noqa: E402
 from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
 
 CONFIG_FLAGS = ("--config", "-config")
 HELP_FLAGS = {"--help", "-help", "-h"}
+DRY_FLAGS = {"--dry-run", "--dry_run"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   workdir = None
   try:
     with stop.exit_on_sigterm():
-      config, workdir = parse(argv)
+      if text := information(argv):
+        print(text)
+        return 0
+      config, workdir = parse([word for word in argv if word not in DRY_FLAGS])
       compile_cache.start()
       mesh.start()
-      from cpsc_jax import report, run
+      from cpsc_jax import dry_run, report, run
 
+      if DRY_FLAGS & set(argv):
+        print(dry_run.text(config, workdir))
+        return 0
       results = run.run(config, workdir, STARTED).results
       if mesh.is_primary():
         report.print_table(results)
@@ -48,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Refusal as refusal:
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
+  except BrokenPipeError:  # whoever was reading has seen enough, as in --help | head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Refusal.exit_code
   except OSError as error:
     place, reason = error.filename or workdir, error.strerror or error
     print(f"cpsc_jax: {place}: {reason}; fix this, then resume with the same command.", file=sys.stderr)
@@ -70,9 +84,6 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     Refusal: no config or one that cannot be loaded, an unknown flag, or an override of an unknown key or of the wrong
       type.
   """
-  if HELP_FLAGS & set(argv):
-    print(f"{__doc__}\nThe ready configs are {ready_names()}.")
-    raise SystemExit(0)
   argv = with_config_paths(argv)
   file = config_file(argv)
   if file is None:
@@ -88,9 +99,10 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
   except flags.UnrecognizedFlagError as error:
     raise Refusal(f"unknown flag --{error.flagname}; use --config, --workdir or --config.KEY=VALUE.") from error
   except (AttributeError, KeyError) as error:
-    raise Refusal(f"{missing_key(str(error), argv)}; configs/default.py explains all keys.") from error
+    raise Refusal(f"{missing_key(str(error), argv)}; docs/config.md and --help explain all keys.") from error
   except Exception as error:  # a config file may raise anything
     raise Refusal(f"{file}: {last_line(error)}" if "Traceback" in str(error) else last_line(error)) from error
+  schema.check(dict(schema.flatten(config)))
   if rest[1:]:
     raise Refusal(f"unexpected argument '{rest[1]}'; flags look like --config.student.lr=0.05.")
   if "://" in (values.workdir or ""):
@@ -99,6 +111,30 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
       " FOLDER) and give the folder."
     )
   return config, pathlib.Path(values.workdir or pathlib.Path("runs") / config.name)
+
+
+def information(argv: Sequence[str]) -> str:
+  """What --help, --list and --version ask for; empty without them. --help tells the values of the config, if one is
+  named.
+
+  Raises:
+    Refusal: as `parse`.
+  """
+  if "--version" in argv:
+    return describe.versions()
+  if "--list" in argv:
+    return describe.inventory({name: summary(file) for name, file in ready_configs().items()})
+  if not HELP_FLAGS & set(argv):
+    return ""
+  rest = [word for word in argv if word not in HELP_FLAGS | DRY_FLAGS]
+  config = parse(rest)[0] if len(rest) > 1 else configs.default.get_config()
+  return f"{__doc__}{describe.keys(dict(schema.flatten(config)))}"
+
+
+def summary(file: pathlib.Path) -> str:
+  """What a ready config is: the first sentence of its text, after the line with its name."""
+  text = " ".join(ast.get_docstring(ast.parse(file.read_text())).split("\n\n")[1].split())
+  return text.partition(". ")[0].rstrip(".")
 
 
 def config_file(argv: Sequence[str]) -> pathlib.Path | None:

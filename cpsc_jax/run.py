@@ -4,7 +4,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from cpsc_jax import algorithm, config, datasets, experiment, nets, record, streams, teach
+from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, teach
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
@@ -50,7 +50,7 @@ def run(
   setup = experiment.build(c, data.spec, net, card, mesh)
   teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh)
   record.bind(workdir, teacher)
-  if c.arm in config.REAL_ARMS:
+  if c.arm in schema.REAL_ARMS:
     setup, (epoch, state) = teach.real_arm(c, setup, teacher, data)
   else:
     epoch, state = distillation(c, setup, teacher, data)

@@ -1,5 +1,6 @@
 """The command line: dispatch to the commands, and configs by name from any folder."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,9 +8,11 @@ import tomllib
 import pytest
 from conftest import REPOSITORY
 
+from cpsc_jax import datasets, nets, schema
 from cpsc_jax import main as run
 from cpsc_jax.__main__ import COMMANDS, main
 from cpsc_jax.errors import Refusal
+from cpsc_jax.methods import METHODS
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -52,10 +55,52 @@ def test_everything_else_is_a_run(monkeypatch):
 
 
 def test_a_run_explains_its_flags(capsys):
-  with pytest.raises(SystemExit):
-    main(["--config=digits", "--help"])
+  """With the values of the config that is named, its variant and overrides included; without one the defaults."""
+  assert main(["--config=digits:smoke", "--config.student.lr=0.07", "--help"]) == 0
   shown = capsys.readouterr().out
-  assert "--workdir" in shown and "--config.KEY=VALUE" in shown and "tiny_imagenet" in shown
+  assert "--workdir" in shown and "--config.KEY=VALUE" in shown
+  assert "--config.student.lr=0.07 (default: 0.1)" in shown and "--config.schedule.epochs=2 (default: 600)" in shown
+  assert all(f"--config.{name}=" in shown for name in schema.KEYS)
+  assert "at least 0 and less than 1" in shown and "mse, log" in shown
+  assert run.main(["main", "--help"]) == 0
+  assert "--config.student.lr=0.1\n" in capsys.readouterr().out
+  assert main(["--config=cmi_cifar10", "-h"]) == 0
+  assert "--config.loss.views.temperature=0.1" in capsys.readouterr().out
+  assert main(["--config=digit", "--help"]) == 2
+
+
+def test_what_there_is_and_which_version(capsys):
+  assert main(["--list"]) == 0
+  shown = capsys.readouterr().out
+  for name in (
+    *METHODS,
+    *nets.NETS,
+    *nets.GENERATORS,
+    *datasets.DATASETS,
+    *run.ready_configs(),
+    ":smoke",
+    ":cpu",
+    ":digits",
+  ):
+    assert name in shown
+  assert "scikit-learn's 8x8 digits" in shown and max(map(len, shown.splitlines())) <= 110
+  assert main(["--version"]) == 0
+  assert re.match(r"cpsc_jax \d+\.\d+\.\d+ \(jax \d+", capsys.readouterr().out)
+
+
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(capsys, tmp_path, digits_dir):
+  argv = ["--config=digits:smoke", f"--workdir={tmp_path / 'w'}", f"--config.dataset.data_dir={digits_dir}"]
+  assert main([*argv, "--dry-run"]) == 0
+  shown = capsys.readouterr().out
+  assert "  schedule.epochs = 2\n" in shown and "student.lr" not in shown
+  assert "reads   data set digits in" in shown and "no teacher: trains wrn_10_1 for 1 epochs first" in shown
+  assert f"writes  {tmp_path / 'w'}, which is new" in shown and not (tmp_path / "w").exists()
+  assert re.search(r"student +wrn_10_1, 77,562 parameters", shown)
+  found = re.search(r"memory +([\d,]+) MiB .* has ([\d,]+) MiB", shown)
+  assert 0 < int(found[1].replace(",", "")) < int(found[2].replace(",", ""))
+  assert re.search(r"time +\d+ ms an iteration, 4 iterations: \d+ s and \d+ s of compiling", shown)
+  assert main([*argv, "--dry-run", "--config.student.net=nothing"]) == 2
+  assert "no net 'nothing'" in capsys.readouterr().err
 
 
 def test_the_console_script_is_this_main():

@@ -2,12 +2,12 @@
 
 import json
 import math
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import REPOSITORY
 from cpsc_jax.configs import (
   cifar10,
   cifar100,
@@ -25,7 +25,7 @@ from cpsc_jax.configs import (
 )
 
 from cpsc_jax import config as configs
-from cpsc_jax import datasets, limits, optim
+from cpsc_jax import datasets, describe, optim, schema
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh
 
@@ -40,26 +40,7 @@ OTHER_METHODS = {
   "rgal": rgal_cifar10,
   "zskt": zskt_cifar10,
 }
-OWN_KEYS = {
-  "cmi": {
-    "loss.generator.views",
-    "loss.views.features",
-    "loss.views.flip",
-    "loss.views.lr",
-    "loss.views.negatives",
-    "loss.views.temperature",
-    "loss.views.width",
-    "pool.bank",
-  },
-  "fast": {
-    "episodes.bn_momentum",
-    "episodes.form",
-    "episodes.latent_lr",
-    "episodes.redraw_at",
-    "episodes.warmup",
-  },
-  "nayer": {"episodes.bn_momentum", "episodes.life", "episodes.warmup", "episodes.warmup_life"},
-}
+METHODS = {"cpsc": default, **OTHER_METHODS}
 TEST_ONLY = datasets.Dataset(10, 8, 1, (0.3,), (0.4,), {"test": 454}, photographs=False)
 
 
@@ -76,7 +57,7 @@ def changed(**values):
 
 
 def keys_of(config):
-  return dict(configs.flatten(config)).keys()
+  return dict(schema.flatten(config)).keys()
 
 
 def test_on_two_cores_every_student_learns_alike():
@@ -84,7 +65,7 @@ def test_on_two_cores_every_student_learns_alike():
   every = [module.get_config("cpu") for module in (cifar10, *OTHER_METHODS.values())]
   resolve(every[0])
   for config in every[1:]:
-    ours, theirs = (dict(configs.flatten(c.student)) | {"steps": 0} for c in (every[0], config))
+    ours, theirs = (dict(schema.flatten(c.student)) | {"steps": 0} for c in (every[0], config))
     assert ours == theirs and config.schedule.batch_size == every[0].schedule.batch_size
     assert config.teacher.net == "wrn_16_1" and config.evaluate.every == every[0].evaluate.every
 
@@ -103,20 +84,25 @@ def test_config_is_complete_and_resolves(name, variant):
 @pytest.mark.parametrize("method", OTHER_METHODS)
 def test_config_of_another_method_is_complete_and_resolves(method, variant):
   config = OTHER_METHODS[method].get_config(variant)
-  assert keys_of(config) == keys_of(default.get_config()) | OWN_KEYS.get(method, set())
+  assert keys_of(config) == schema.keys_of(method).keys()
   assert config.is_locked and config.student.is_locked and config.pool.is_locked
   assert config.method == method and config.dataset.name == ("digits" if "digits" in variant else "cifar10")
   resolve(config)
 
 
-def test_every_key_is_explained():
-  source = pathlib.Path(default.__file__).read_text().split("def apply_variant")[0].splitlines()
-  explained = 0
-  for number, line in enumerate(source):
-    if re.match(r"  \w(\.\w+)+ = ", line) and "ConfigDict" not in line:
-      assert "#" in line or source[number - 1].strip().startswith("#"), f"no word on {line.strip()}"
-      explained += 1
-  assert explained == len(keys_of(default.get_config()))
+def test_every_key_is_explained_and_in_a_section():
+  for method in METHODS:
+    for name, key in schema.keys_of(method).items():
+      assert len(key.meaning) > 3 and schema.kind_of(key), name
+      assert schema.section_of(name) in schema.SECTIONS, name
+    assert keys_of(METHODS[method].get_config()) == schema.keys_of(method).keys()
+
+
+def test_the_page_of_keys_is_up_to_date():
+  """python -m cpsc_jax.describe > docs/config.md"""
+  page = (REPOSITORY / "docs" / "config.md").read_text()
+  assert page == describe.page()
+  assert all(f"| `{name}` |" in page for method in METHODS for name in schema.keys_of(method))
 
 
 def test_resolving_freezes_a_copy():
@@ -225,7 +211,7 @@ def test_reference_sets_every_published_option():
   words |= {"generator.output": "sigmoid", "generator.init": "normal", "generator.labels": "balanced"}
   config.update_from_flattened_dict(others | weights | words)
   before = config.to_json()
-  resolved = dict(configs.flatten(resolve(config)))
+  resolved = dict(schema.flatten(resolve(config)))
   assert {key: resolved[key] for key in PUBLISHED} == PUBLISHED
   weights = {key: weight for key, weight in resolved.items() if key in weights and weight}
   assert weights == {
@@ -238,7 +224,7 @@ def test_reference_sets_every_published_option():
     "loss.student.l2": 5.0,
     "loss.student.ce": 0.7,
   }
-  touched = {key for key, value in configs.flatten(config) if resolved[key] != value}
+  touched = {key for key, value in schema.flatten(config) if resolved[key] != value}
   assert touched <= PUBLISHED.keys() | {k for k in resolved if k.startswith(("loss.generator.", "loss.student."))}
   assert config.to_json() == before, "resolving must not touch the config it was given"
 
@@ -250,9 +236,9 @@ def test_reference_has_the_logarithmic_form_on_cifar10():
 
 
 def test_without_reference_nothing_published_is_on():
-  config = dict(configs.flatten(default.get_config()))
+  config = dict(schema.flatten(default.get_config()))
   assert {key: config[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS and not config["reference"]
-  resolved = dict(configs.flatten(resolve(cifar100.get_config())))
+  resolved = dict(schema.flatten(resolve(cifar100.get_config())))
   assert {key: resolved[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS
 
 
@@ -309,58 +295,79 @@ def test_bad_values_are_refused(key, value, word):
     resolve(config)
 
 
-@pytest.mark.parametrize("key", configs.CHOICES)
-def test_every_choice_is_checked(key):
-  config = digits.get_config()
-  config.update_from_flattened_dict({key: "nonsense"})
-  with pytest.raises(Refusal, match=rf"config\.{key} is 'nonsense'; it must be one of"):
-    resolve(config)
+class Thing:
+  def __str__(self):
+    return "a thing\nof two lines"
 
 
-def numbers_of(config):
-  return {k: v for k, v in configs.flatten(config) if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-NUMBERS = {
-  key: (method, value)
-  for method, module in {"cpsc": default, **OTHER_METHODS}.items()
-  for key, value in numbers_of(module.get_config()).items()
+WRONG = {  # by type: values that no key of it may have
+  bool: [0, 1, 2.0, math.nan, "yes", "", None, (), [True], {}],
+  int: [True, 1.5, math.nan, math.inf, -math.inf, "1", "", None, (1,), {}, -1, 10**30],
+  float: [True, math.nan, math.inf, -math.inf, -1.0, 1e31, "0.1", "", None, (0.1,), {}],
+  str: [0, 1.5, math.nan, True, None, (), ["cpsc"], {}, "a\nb", "\x00", "\x1b[31m", Thing()],
+  tuple: [5, 1.5, None, "5", True, {}, (0,), (-1,), (2.5,), ("a",), (True,), (10, 5), (5, 5), (math.nan,), (10**30,)],
 }
 
 
-def outside(allowed):
-  """Numbers that are not in a range: not finite, far out, and next to its ends."""
-  beside = math.nextafter(allowed.low, -math.inf), math.nextafter(allowed.high, math.inf)
-  numbers = [math.nan, math.inf, -math.inf, -1.0, -1e31, 1e31, *beside]
-  ends = [end for end, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)) if is_open]
-  return [*numbers, *ends]
+def wrong(key):
+  """Values that a key must not have: of other types, out of range, next to its ends, or no choice of it."""
+  values = list(WRONG[type(key.default)])
+  if isinstance(key.allowed, tuple):
+    values += ["nonsense", "", key.default.upper(), f" {key.default}", f"{key.default},"]
+  if isinstance(key.allowed, schema.Range):
+    allowed, whole = key.allowed, isinstance(key.default, int)
+    values += [allowed.low - 1, allowed.high + 1] if whole else []
+    if not whole:
+      values += [math.nextafter(allowed.low, -math.inf), math.nextafter(allowed.high, math.inf)]
+    values += [end for end, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)) if is_open]
+  return values
 
 
-def test_every_number_has_a_range():
-  """One of its own or, for weights of terms, a common one; and no range is of a key that is gone."""
-  known = {key for key in NUMBERS if not key.startswith(limits.WEIGHTS)}
-  assert known == limits.RANGES.keys()
-  assert all(limits.range_of(key).has(value) for key, (_, value) in NUMBERS.items())
+def right(key):
+  """The default, all choices, both ends of a range that belong to it, and what lies between."""
+  if isinstance(key.allowed, tuple):
+    return [key.default, *key.allowed]
+  if isinstance(key.allowed, schema.Range):
+    low, high = key.allowed.low, key.allowed.high
+    ends = [end for end, is_open in ((low, key.allowed.low_open), (high, key.allowed.high_open)) if not is_open]
+    return [key.default, *ends, (low + high) // 2 if isinstance(key.default, int) else (low + high) / 2]
+  return [
+    key.default,
+    *{bool: [True, False], str: ["", "a folder/é"], tuple: [(), (1,), (1, 10**9), [3, 5]]}[type(key.default)],
+  ]
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_out_of_range_are_refused(key):
-  """By name, with the range, before anything else of the config is looked at; both ends that belong to it are not."""
-  config, allowed = dict(configs.flatten(default.get_config())), limits.range_of(key)
-  for value in outside(allowed):
-    said = f"config.{key} is {value}; it must be {allowed}."
-    with pytest.raises(Refusal, match=f"^{re.escape(said)}$"):
-      limits.check(config | {key: value})
-  edges = [end for end, is_open in ((allowed.low, allowed.low_open), (allowed.high, allowed.high_open)) if not is_open]
-  for value in [*edges, (allowed.low + allowed.high) / 2]:
-    limits.check(config | {key: value})
+EVERY_KEY = [("cpsc", name) for name in schema.KEYS]
+EVERY_KEY += [(method, name) for method, own in schema.KEYS_OF.items() for name in own]
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY_KEY)
+def test_what_a_key_must_not_be_is_refused_and_what_it_may_be_is_not(method, name):
+  """In one sentence that names the key, whatever a user's own config file holds."""
+  config = dict(schema.flatten(METHODS[method].get_config()))
+  key = schema.keys_of(method)[name]
+  assert len(wrong(key)) >= 8
+  for value in wrong(key):
+    with pytest.raises(Refusal, match=rf"^config\.{re.escape(name)} is .*; it must be .+\.$") as refused:
+      schema.check(config | {name: value})
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 400
+  for value in right(key):
+    if name != "method":
+      schema.check(config | {name: value})
+  with pytest.raises(Refusal, match=f"the config has no key '{re.escape(name)}'; start from default.get_config"):
+    schema.check({k: value for k, value in config.items() if k != name})
+
+
+def test_the_refusals_are_many():
+  assert sum(len(wrong(schema.keys_of(method)[name])) for method, name in EVERY_KEY) >= 700
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_of_other_keys_must_be_finite(value):
-  limits.check({"mine.factor": -3.0})
+  config = dict(schema.flatten(digits.get_config()))
+  schema.check(config | {"mine.factor": -3.0})
   with pytest.raises(Refusal, match="config.mine.factor is .*; it must be a finite number"):
-    limits.check({"mine.factor": value})
+    schema.check(config | {"mine.factor": value})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import ml_collections
 import pytest
 
 from cpsc_jax import main
-from cpsc_jax.config import flatten
+from cpsc_jax.schema import flatten
 
 # What the published commands and the defaults of the code behind them say. Sources: the repositories of CMI (with the
 # benchmark of DAFL and DeepInversion), ZSKT, DFAD, RGAL and Fast-Datafree.
