@@ -25,7 +25,7 @@ def published(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 75, 40
+  c.schedule.epochs, c.schedule.iterations = 20, 40
   c.generator.latent_dim, c.generator.lr = 64, 1e-4
   c.student.steps = 2
   c.loss.kd_temperature = 4.0

@@ -8,6 +8,7 @@ with these configs is in docs/results.md; at their heads stands what others have
 """
 
 from cpsc_jax import schema
+from cpsc_jax.errors import Refusal
 
 
 def get_config(variant=""):
@@ -24,7 +25,9 @@ def apply_variant(c, variant, on_cpu=None):
     cpu(c)
     on_cpu(c)
   elif variant:
-    raise ValueError(f"no variant '{variant}' of a config; there is 'smoke'.")
+    raise Refusal(
+      f"no variant '{variant}' of config {c.name}; there are 'smoke'{' and ' + repr('cpu') if on_cpu else ''}."
+    )
 
 
 def cpu(c):

@@ -24,7 +24,7 @@ def published(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 30, 20
+  c.schedule.epochs, c.schedule.iterations = 16, 20
   c.generator.update({"latent_dim": 64, "lr": 2e-4, "milestones": ()})
   c.student.steps = 5
   c.generator.student_mode = "eval"

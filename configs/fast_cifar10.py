@@ -50,8 +50,8 @@ def take(c, steps):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 40, 4
-  c.pool.size, c.pool.batch_size = 10240, 64
+  c.schedule.epochs, c.schedule.iterations = 16, 4
+  c.pool.size, c.pool.batch_size = 4096, 64
   c.episodes.warmup, c.episodes.redraw_at = 8, 0
   c.generator.steps, c.generator.crop_pad = 10, 1
   c.student.steps = 30

@@ -36,8 +36,8 @@ def published(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 40, 4
-  c.pool.size, c.pool.batch_size = 9600, 60
+  c.schedule.epochs, c.schedule.iterations = 16, 4
+  c.pool.size, c.pool.batch_size = 3840, 60
   c.episodes.update({"warmup": 8, "life": 20, "warmup_life": 8})
   c.generator.latent_dim = 64
   c.generator.steps, c.generator.crop_pad = 10, 1

@@ -46,10 +46,10 @@ def paper(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 40, 2
-  c.pool.size, c.pool.batch_size = 5120, 64
+  c.schedule.epochs, c.schedule.iterations = 10, 2
+  c.pool.size, c.pool.batch_size = 1280, 64
   c.generator.steps, c.generator.crop_pad = 40, 1
-  c.student.steps = 60
+  c.student.steps = 80
 
 
 def on_cpu(c):

@@ -28,7 +28,7 @@ def published(c):
 
 
 def on_digits(c):
-  c.schedule.epochs, c.schedule.iterations = 30, 20
+  c.schedule.epochs, c.schedule.iterations = 16, 20
   c.generator.latent_dim, c.generator.lr = 64, 2e-4
   c.student.steps = 5
 

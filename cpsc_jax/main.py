@@ -18,7 +18,9 @@ import ast  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
 import re  # noqa: E402
+import runpy  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 import jax  # noqa: E402
@@ -84,24 +86,24 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     Refusal: no config or one that cannot be loaded, an unknown flag, or an override of an unknown key or of the wrong
       type.
   """
-  argv = with_config_paths(argv)
-  file = config_file(argv)
+  file, variant = config_file(argv)
   if file is None:
     raise Refusal(f"--config is required, such as --config digits; the ready configs are {ready_names()}.")
   if not file.is_file():
     raise Refusal(f"no config file '{file}'; give the path of a file or one of the ready configs: {ready_names()}.")
+  config, argv = load(file, variant), without_config(argv)
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "", flag_values=values)
-  config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
   try:
+    config_flags.DEFINE_config_dict("config", config, "", lock_config=True, flag_values=values, sys_argv=argv)
     rest = values(argv)
     config = values.config
   except flags.UnrecognizedFlagError as error:
     raise Refusal(f"unknown flag --{error.flagname}; use --config, --workdir or --config.KEY=VALUE.") from error
   except (AttributeError, KeyError) as error:
     raise Refusal(f"{missing_key(str(error), argv)}; docs/config.md and --help explain all keys.") from error
-  except Exception as error:  # a config file may raise anything
-    raise Refusal(f"{file}: {last_line(error)}" if "Traceback" in str(error) else last_line(error)) from error
+  except (TypeError, ValueError, flags.Error) as error:
+    raise Refusal(last_line(error)) from error
   schema.check(dict(schema.flatten(config)))
   if rest[1:]:
     raise Refusal(f"unexpected argument '{rest[1]}'; flags look like --config.student.lr=0.05.")
@@ -137,8 +139,8 @@ def summary(file: pathlib.Path) -> str:
   return text.partition(". ")[0].rstrip(".")
 
 
-def config_file(argv: Sequence[str]) -> pathlib.Path | None:
-  """The file that --config FILE or --config=FILE stands for, without its :variant; None without the flag.
+def config_file(argv: Sequence[str]) -> tuple[pathlib.Path | None, str | None]:
+  """(file, variant) that --config FILE[:VARIANT] stands for; the file is None without the flag.
 
   A bare name, one that is no existing file and has neither a slash nor the suffix .py, stands for a ready config.
 
@@ -148,21 +150,49 @@ def config_file(argv: Sequence[str]) -> pathlib.Path | None:
   for flag, following in zip(argv, [*argv[1:], ""], strict=True):
     name, equals, value = flag.partition("=")
     if name in CONFIG_FLAGS:
-      path = config_path(value if equals else following).split(":")[0]
-      return pathlib.Path(path) if path else None
-  return None
+      path, colon, variant = config_path(value if equals else following).partition(":")
+      return (pathlib.Path(path) if path else None), (variant if colon else None)
+  return None, None
 
 
-def with_config_paths(argv: Sequence[str]) -> list[str]:
-  """A command line in which the bare name of a ready config is replaced by its path; raises as `config_file`."""
-  paths = list(argv)
-  for place, flag in enumerate(argv):
-    name, equals, value = flag.partition("=")
-    if name in CONFIG_FLAGS and equals:
-      paths[place] = f"{name}={config_path(value)}"
-    elif name in CONFIG_FLAGS and place + 1 < len(argv):
-      paths[place + 1] = config_path(argv[place + 1])
-  return paths
+def without_config(argv: Sequence[str]) -> list[str]:
+  """A command line without the flag --config and its value."""
+  rest, skip = [], False
+  for word in argv:
+    if not skip and word.partition("=")[0] not in CONFIG_FLAGS:
+      rest.append(word)
+    skip = not skip and word in CONFIG_FLAGS
+  return rest
+
+
+def load(file: pathlib.Path, variant: str | None) -> ml_collections.ConfigDict:
+  """What get_config(variant) of a config file returns; without a variant, get_config().
+
+  Raises:
+    Refusal: names the file and the line that raised something, or what the file lacks.
+  """
+  try:
+    get_config = runpy.run_path(str(file)).get("get_config")
+    if not callable(get_config):
+      raise Refusal(
+        f"{file} has no function get_config(variant=''), which returns a config; configs/digits.py has one."
+      )
+    config = get_config() if variant is None else get_config(variant)
+  except Refusal:
+    raise
+  except SyntaxError as error:
+    raise Refusal(f"{error.filename}, line {error.lineno}: {error.msg}; mend it.") from error
+  except Exception as error:  # a config is a program of the user's own and may raise anything
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    place = f"{file}, line {lines[-1]}" if lines else str(file)
+    if key := re.match(r"[\"']*Key \"(\w+)\" does not exist", str(error)):
+      raise Refusal(
+        f"{place}: the config has no key '{key[1]}'; docs/config.md and --help explain all keys."
+      ) from error
+    raise Refusal(f"{place}: {type(error).__name__}: {last_line(error)}; mend it.") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise Refusal(f"get_config of {file} returns {type(config).__name__}, which is no ml_collections.ConfigDict.")
+  return config
 
 
 def config_path(value: str) -> str:
