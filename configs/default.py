@@ -25,9 +25,8 @@ def apply_variant(c, variant, on_cpu=None):
     cpu(c)
     on_cpu(c)
   elif variant:
-    raise Refusal(
-      f"no variant '{variant}' of config {c.name}; there are 'smoke'{' and ' + repr('cpu') if on_cpu else ''}."
-    )
+    known = "are 'smoke' and 'cpu'" if on_cpu else "is 'smoke'"
+    raise Refusal(f"no variant '{variant}' of config {c.name}; there {known}.")
 
 
 def cpu(c):

@@ -16,6 +16,13 @@ from cpsc_jax.methods import METHODS
 
 DIGITS = REPOSITORY / "configs" / "digits.py"
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+OF_DIGITS = """from cpsc_jax.configs import digits
+
+def get_config(variant=""):
+  c = digits.get_config()
+  {}
+  return c
+"""
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -128,7 +135,7 @@ def test_every_ready_config_is_found(tmp_path, monkeypatch):
   assert {"digits", "cifar10", "tiny_imagenet", "default"} <= set(run.ready_configs())
   for name, file in run.ready_configs().items():
     config, _ = run.parse(["main", f"--config={name}"])
-    assert config.name and run.config_file([f"--config={name}:smoke"]) == file
+    assert config.name and run.config_file([f"--config={name}:smoke"]) == (file, "smoke")
 
 
 def test_files_of_the_user_are_taken_as_they_are(tmp_path, monkeypatch):
@@ -137,6 +144,46 @@ def test_files_of_the_user_are_taken_as_they_are(tmp_path, monkeypatch):
     (tmp_path / name).write_text(DIGITS.read_text().replace('c.name = "digits"', 'c.name = "mine"'))
     assert run.parse(["main", f"--config={name}"])[0].name == "mine"
   assert run.config_path("./digits:smoke") == "./digits:smoke"
+
+
+@pytest.mark.parametrize(
+  ("program", "message"),
+  [
+    ("x = 1", "has no function get_config"),
+    ("get_config = 3", "has no function get_config"),
+    ("def get_config(variant='')", "mine.py, line 1: expected ':'; mend it."),
+    ("import nothing_here", "mine.py, line 1: ModuleNotFoundError: No module named 'nothing_here'; mend it."),
+    ("def get_config():\n  return 1 / 0", "mine.py, line 2: ZeroDivisionError: division by zero; mend it."),
+    ("def get_config():\n  pass", "get_config of mine.py returns NoneType, which is no ml_collections.ConfigDict."),
+    ("def get_config():\n  return {'seed': 1}", "get_config of mine.py returns dict, which is no ml_collections"),
+    ("def get_config():\n  return ConfigDict({'seed': 1})", "the config has no key 'name'; start from default"),
+    (OF_DIGITS.format("c.nothing = 3"), "mine.py, line 5: the config has no key 'nothing'; docs/config.md"),
+    (OF_DIGITS.format("c.student.lr = 'high'"), "mine.py, line 5: TypeError: Could not override field 'lr'"),
+    (OF_DIGITS.format("c.student.lr = -0.1"), "config.student.lr is -0.1; it must be greater than 0"),
+    (OF_DIGITS.format("c.apply('x')"), "mine.py, line 5: "),
+  ],
+)
+def test_what_is_wrong_with_a_config_file_is_told_by_line(program, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.py").write_text(
+    f"from ml_collections import ConfigDict\n{program}" if "Config" in program else program
+  )
+  with pytest.raises(Refusal) as refused:
+    run.parse(["main", "--config=mine.py"])
+  assert message in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ("digits:cpu", "no variant 'cpu' of config digits; there is 'smoke'"),
+    ("cifar10:digits", "no variant 'digits' of config cifar10; there are 'smoke' and 'cpu'"),
+    ("fast_cifar10:nonsense", "no variant 'nonsense' of config fast_cifar10; there are 'smoke' and 'cpu'"),
+  ],
+)
+def test_a_variant_that_a_config_lacks_is_refused(config, message):
+  with pytest.raises(Refusal, match=message):
+    run.parse(["main", f"--config={config}"])
 
 
 @pytest.mark.parametrize(
