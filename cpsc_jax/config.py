@@ -47,7 +47,7 @@ def as_published(config: ml_collections.ConfigDict) -> None:
 def resolve(
   config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher: Any = None
 ) -> ml_collections.FrozenConfigDict:
-  """A frozen copy of `config` with `reference` carried out, after all of CHECKS.
+  """A frozen copy of `config` with `reference` and `precision` carried out, after all of CHECKS.
 
   Args:
     spec: what is known about the data set.
@@ -59,6 +59,8 @@ def resolve(
   config = ml_collections.ConfigDict(config.to_dict())
   if config.reference and config.method == "cpsc":
     as_published(config)
+  if config.precision == "auto":
+    config.precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
   for check in CHECKS:
     check(config, spec, mesh)
   check_terms(config, spec, mesh, teacher or nets.classifier(config.teacher.net, spec.num_classes))

@@ -179,7 +179,7 @@ def inverts(config: Config) -> bool:
 
 def compute_dtype(config: Config) -> jnp.dtype | None:
   """What convolutions and the generator's linear layer compute in; None: float32."""
-  return None if config.precision == "float32" else jnp.dtype(config.precision)
+  return jnp.dtype(config.precision) if config.precision in ("bfloat16", "float16") else None
 
 
 def policy(config: Config, micro_batches: int) -> Policy:

@@ -326,10 +326,11 @@ KEYS: dict[str, Key] = {
     " (docs/reference.md lists the options that it sets)",
   ),
   "precision": Key(
-    "float32",
-    "of convolutions and the generator's linear layer. Parameters, batch statistics and losses"
-    " are float32 in any case, and so is the student that is reported, saved and exported",
-    ("float32", "bfloat16", "float16"),
+    "auto",
+    'of convolutions and the generator\'s linear layer; "auto": bfloat16 on GPUs and TPUs, float32 on CPUs.'
+    " Parameters, batch statistics, losses and what optimisers keep are float32 in any case, and so is the student that"
+    " is reported, saved and exported",
+    ("auto", "float32", "bfloat16", "float16"),
   ),
   "loss_scaling": Key(True, "dynamic loss scaling under float16; the other precisions need none"),
   "rematerialise": Key(

@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from cpsc_jax.configs import (
@@ -105,13 +107,24 @@ def test_the_page_of_keys_is_up_to_date():
   assert all(f"| `{name}` |" in page for method in METHODS for name in schema.keys_of(method))
 
 
+@pytest.mark.parametrize(("platform", "precision"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_precision_is_that_of_the_devices_unless_it_is_given(platform, precision):
+  config, spec = digits.get_config(), datasets.find("digits", "").spec
+  mesh = types.SimpleNamespace(size=1, devices=np.array([types.SimpleNamespace(platform=platform)]))
+  assert config.precision == "auto" and configs.resolve(config, spec, mesh).precision == precision
+  config.precision = "float16"
+  assert configs.resolve(config, spec, mesh).precision == "float16"
+
+
 def test_resolving_freezes_a_copy():
   config = digits.get_config()
   before = config.to_json()
   resolved = resolve(config)
+  assert config.to_json() == before
   with pytest.raises(AttributeError):
     resolved.seed = 3
-  assert config.to_json() == before and configs.dump(resolved) == configs.dump(config)
+  config.precision = "float32"  # on a CPU
+  assert configs.dump(resolved) == configs.dump(config)
 
 
 def test_cifar100_is_the_published_schedule():
@@ -180,7 +193,7 @@ PUBLISHED = {
 }
 # The options under which the published code's behaviour is not that of the paper, and what they are otherwise.
 OUR_DEFAULTS = {
-  "precision": "float32",
+  "precision": "auto",
   "loss_scaling": True,
   "loss.double_softmax": False,
   "loss.triplet.swapped": True,
@@ -239,7 +252,7 @@ def test_without_reference_nothing_published_is_on():
   config = dict(schema.flatten(default.get_config()))
   assert {key: config[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS and not config["reference"]
   resolved = dict(schema.flatten(resolve(cifar100.get_config())))
-  assert {key: resolved[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS
+  assert {key: resolved[key] for key in OUR_DEFAULTS} == OUR_DEFAULTS | {"precision": "float32"}
 
 
 @pytest.mark.parametrize(
