@@ -1,0 +1,137 @@
+"""What to run first on a GPU, in one call: is it right, and how fast is it.
+
+  python -m benchmarks.gpu --out FILE.json [--budget 9m] [--methods cpsc,fast] [--toy]
+
+1. Speed of both pairs against PyTorch with its autocast (benchmarks/speed.py), in bfloat16 at batch 512.
+2. One iteration of three steps of each player, for every method, on the accelerator and on the CPU of the same machine,
+   from the same weights and random numbers: losses and what became of the student, in float32 with exact products, and
+   in bfloat16 against float32.
+
+FILE is written again after each part, so that a call that is cut short leaves what it measured. Nothing is begun after
+the budget. --toy is the same path with small nets and batches, for a rehearsal on a CPU.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import speed
+from benchmarks.plan import seconds_of
+from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
+from cpsc_jax.main import parse
+from cpsc_jax.methods import METHODS
+from cpsc_jax.record import write_whole
+
+PAIRS = ("wrn_40_2", "wrn_16_2"), ("resnet34", "resnet18")
+STEPS = 3  # of each player
+# The largest relative difference in float32 and in bfloat16 of first losses, before anything has moved; of all losses,
+# where rounding has been through Adam; and of the student's change.
+LIMITS = {"first": (1e-3, 0.05), "all": (0.05, 0.5), "student": (0.05, 0.5)}
+
+
+def differences(method: str, batch: int) -> dict[str, dict[str, float]]:
+  """How far an iteration on the first device is from the CPU's, relative to that, by precision."""
+  with jax.default_matmul_precision("highest"):
+    wanted = iterate(method, batch, jax.devices("cpu")[0], "float32")
+    exact = iterate(method, batch, jax.devices()[0], "float32")
+  return {
+    "float32": compare(exact, wanted),
+    "bfloat16": compare(iterate(method, batch, jax.devices()[0], "bfloat16"), wanted),
+  }
+
+
+def compare(found: tuple[dict, Any], wanted: tuple[dict, Any]) -> dict[str, float]:
+  """The largest relative differences of first losses and of all, and that of the student's change."""
+  ours, theirs = (np.stack(list(losses.values())) for losses, _ in (found, wanted))
+  apart = np.abs(ours - theirs) / np.abs(theirs)
+  change, right = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for _, tree in (found, wanted))
+  student = np.linalg.norm(change - right) / np.linalg.norm(right)
+  return {"first": float(apart[:, 0].max()), "all": float(apart.max()), "student": float(student)}
+
+
+def iterate(method: str, batch: int, device: jax.Device, precision: str) -> tuple[dict[str, np.ndarray], Any]:
+  """({player: its losses (STEPS,)}, change of the student's parameters) in one iteration on one device."""
+  name = "cifar10" if method == "cpsc" else f"{method}_cifar10"
+  c, _ = parse(["gpu", f"--config={name}:cpu"])
+  with c.unlocked():
+    c.precision, c.schedule.batch_size, c.pool.batch_size, c.pool.size = precision, batch, batch, 4 * batch
+    c.teacher.net = c.student.net = "wrn_10_1"
+    c.student.inherit, c.loss.ikd_form, c.generator.width = False, "mse", 8
+    c.generator.steps = c.student.steps = STEPS
+    if "views" in c.loss:
+      c.pool.bank, c.loss.views.negatives = 4 * batch, batch
+    if "episodes" in c:
+      c.episodes.warmup = 0
+  spec, devices = datasets.DATASETS["cifar10"], mesh.make_mesh([device])
+  c = config.resolve(c, spec, devices)
+  card = {"net": c.teacher.net, "num_classes": 10, "mean": spec.mean, "std": spec.std}
+  with jax.default_device(jax.devices("cpu")[0]):
+    net = experiment.build_teacher(c, card)
+    teacher = nets.init(net, jax.random.key(1), jnp.zeros((2, *spec.image_shape)))
+    setup = experiment.build(c, spec, net, card, devices)
+    state = initial.state(setup, jax.random.key(0), spec.image_shape)
+  teacher, state = mesh.replicate(teacher, devices), initial.placed(setup, state)
+  one = algorithm.iteration(
+    setup,
+    algorithm.generator_step(setup, teacher),
+    algorithm.student_step(setup, teacher),
+    algorithm.teach_with(setup, teacher),
+  )
+  after, losses = jax.jit(one)(state, None)
+  losses = {player: np.asarray(losses[player].total) for player in ("generator", "student")}
+  return losses, jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), state.student.params, after.student.params)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--budget", default="9m", help="(default: %(default)s)")
+  parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
+  parser.add_argument("--toy", action="store_true", help="small nets and batches")
+  flags = parser.parse_args(argv)
+  until, device = time.monotonic() + seconds_of(flags.budget), jax.devices()[0]
+  about: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "seconds": {}, "wrong": []}
+
+  def part(name: str, work: Any) -> None:
+    if time.monotonic() > until:
+      print(f"{name}: not begun, the budget is spent", flush=True)
+      return
+    began = time.monotonic()
+    try:
+      about[name] = work()
+    except Exception as error:  # one part's failure must not cost the others
+      about[name], about["wrong"] = {"error": repr(error)[:500]}, [*about["wrong"], name]
+    about["seconds"][name] = time.monotonic() - began
+    print(f"{name}: {about['seconds'][name]:.0f} s, {json.dumps(about[name])}", flush=True)
+    write_whole(flags.out, (json.dumps(about, indent=2) + "\n").encode())
+
+  def check(method: str) -> dict[str, dict[str, float]]:
+    found = differences(method, 8 if flags.toy else 64)
+    for number, (precision, values) in enumerate(found.items()):
+      for name, value in values.items():
+        if not value < LIMITS[name][number]:
+          about["wrong"].append(f"{method} in {precision}: {name} {value:.3g}, expected below {LIMITS[name][number]}")
+    return found
+
+  pairs = (("wrn_10_1", "wrn_10_1"),) if flags.toy else PAIRS
+  for pair in pairs[:1]:
+    part(f"speed {pair[0]}", lambda pair=pair: speed.measure(*pair, 8 if flags.toy else 512, 3, "bfloat16"))
+  for method in flags.methods.split(","):
+    part(f"differences {method}", lambda method=method: check(method))
+  for pair in pairs[1:]:
+    part(f"speed {pair[0]}", lambda pair=pair: speed.measure(*pair, 512, 3, "bfloat16"))
+  for problem in about["wrong"]:
+    print(f"WRONG {problem}")
+  return 1 if about["wrong"] else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
