@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ Tree = Any
 
 CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
+LARGEST = {"num_classes": 2**20, "image_size": 2**13, "channels": 2**10}
+SEAL = "seal"  # sha256 of everything else in the card
 CHECKSUMS = "files.sha256"
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
 NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two after the checksums
@@ -173,18 +176,17 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
       are kept.
 
   Returns:
-    The card as written, with the digest of the variables.
+    The card as written, with the digest of the variables and a seal of its own.
 
   Raises:
-    Refusal: the card lacks a key.
+    Refusal: the card lacks a key, or says what cannot be.
   """
-  missing = [key for key in CARD_KEYS if key not in card]
-  if missing:
-    raise Refusal(f"the card of the net to be saved in {directory} must have {', '.join(missing)}.")
+  if wrong := wrong_in(card):
+    raise Refusal(f"the card of the net to be saved in {directory} {wrong}.")
   variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
-  card = {**card, "digest": digest(variables)}
+  card = sealed({**card, "digest": digest(variables)})
   if is_primary():
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -203,20 +205,50 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
   return card
 
 
+def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
+  """The card with a digest of all that it says."""
+  said = {key: value for key, value in card.items() if key != SEAL}
+  return {**said, SEAL: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
+
+
+def wrong_in(card: Mapping[str, Any]) -> str:
+  """What a card lacks, or says that cannot be; an empty text if it is right."""
+  if lacking := [key for key in CARD_KEYS if key not in card]:
+    return f"lacks {', '.join(lacking)}"
+  for key, largest in LARGEST.items():
+    if not isinstance(card[key], int) or isinstance(card[key], bool) or not 1 <= card[key] <= largest:
+      return f"says {key} {card[key]!r}; it must be a whole number from 1 to {largest:,}"
+  for key in ("mean", "std"):
+    values = card[key] if isinstance(card[key], list | tuple) else ()
+    numbers = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
+    if not all(numbers) or len(values) != card["channels"] or (key == "std" and min(values) <= 0):
+      above = " above 0" if key == "std" else ""
+      return f"says {key} {card[key]!r}; it must be {card['channels']} finite numbers{above}, one for each channel"
+  return ""
+
+
 def read_card(directory: str | pathlib.Path) -> dict[str, Any]:
   """The card of a saved net: net, num_classes, image_size, channels, mean, std, digest.
 
   Raises:
-    Refusal: no net is saved there.
+    Refusal: no net is saved there, or its card was changed since.
   """
   path = pathlib.Path(directory) / CARD
   try:
-    return json.loads(path.read_text())
+    card = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise Refusal(
       f"no saved net in {directory} ({path.name}: {getattr(error, 'strerror', None) or error}); name a folder that"
       " cpsc-jax wrote, such as WORKDIR/teacher."
     ) from error
+  if not isinstance(card, dict) or card.get(SEAL) != sealed(card)[SEAL]:
+    raise Refusal(
+      f"{path} was changed since it was written, or is of an older version: its seal does not fit what it says; restore"
+      " the file, or save or convert the net again."
+    )
+  if wrong := wrong_in(card):
+    raise Refusal(f"{path} {wrong}; save the net again.")
+  return card
 
 
 def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str, Any]]:

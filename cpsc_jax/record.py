@@ -180,7 +180,7 @@ def finish(
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
   card["class_names"] = data.class_names()
-  generator_card = card | {key: config.generator[key] for key in saved.GENERATOR_CARD}
+  generator_card = card | {key: config.generator[key] for key in ("net", *saved.GENERATOR_KEYS)}
   student_card = card | {
     "net": config.student.net,
     "dataset": data.name,

@@ -14,8 +14,7 @@ from cpsc_jax.errors import Refusal
 
 WHICH = ("student", "student_best", "teacher", "generator")
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
-GENERATOR_KEYS = ("latent_dim", "width")
-GENERATOR_CARD = ("net", *GENERATOR_KEYS, "conditional", "output", "epsilon", "init")  # what a card has of a config
+GENERATOR_KEYS = ("latent_dim", "width", "conditional", "output", "epsilon", "init")  # what a card has of a config
 
 
 class SavedNet(NamedTuple):
@@ -24,7 +23,7 @@ class SavedNet(NamedTuple):
   Attributes:
     net: the module.
     variables: {"params", "batch_stats"} on no particular device.
-    card: CARD_KEYS and, for a generator, GENERATOR_KEYS; optional keys are class_names and conditional.
+    card: CARD_KEYS and, for a generator, GENERATOR_KEYS; class_names are optional.
   """
 
   net: Any
@@ -75,17 +74,11 @@ def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "
 def load(folder: str | pathlib.Path) -> SavedNet:
   """The net saved in a folder, its bytes verified.
 
-  Cards of older runs lack a generator's latent_dim and width; they are then read from the run's config.json.
-
   Raises:
     Refusal: no saved net, an incomplete card, or damaged files.
   """
   folder = pathlib.Path(folder)
   card = checkpoint.read_card(folder)
-  if card.get("net") in nets.GENERATORS and not set(GENERATOR_KEYS) <= card.keys():
-    workdir = folder.absolute().parent
-    if (workdir / "config.json").exists():
-      card |= {key: _read_config(workdir)["generator"][key] for key in GENERATOR_KEYS}
   needed = (*CARD_KEYS, *(GENERATOR_KEYS if card.get("net") in nets.GENERATORS else ()))
   lacking = [key for key in needed if key not in card]
   if lacking:
@@ -110,7 +103,7 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
   classes, size, channels = card["num_classes"], card["image_size"], card["channels"]
   if card["net"] in nets.GENERATORS:
     latents, labels = jnp.zeros((2, card["latent_dim"])), jnp.zeros((2,), jnp.int32)
-    classes = classes if card.get("conditional", True) else 1  # older cards lack this key
+    classes = classes if card["conditional"] else 1
     net = nets.generator(card["net"], classes, size, channels, card["width"], form=nets.Form.of(card, card))
     return net, (latents, labels)
   return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import subprocess
 
 import jax
@@ -131,18 +132,63 @@ def test_checksums_are_those_of_sha256sum(tmp_path):
 CARD = {"net": "wrn_10_1", "num_classes": 3, "image_size": 8, "channels": 1, "mean": [0.5], "std": [0.5]}
 
 
+NOT_A_CARD = {  # by key: what none may say
+  "num_classes": [0, -1, 2.5, "10", None, True, 2**30],
+  "image_size": [0, -8, 8.0, "8", None, 10**9],
+  "channels": [0, -1, 2, "1", None, 1.0],
+  "mean": [[], [0.1, 0.2], ["a"], [None], [math.nan], [math.inf], 0.5, None, [True]],
+  "std": [[], [0.0], [-0.1], [math.nan], ["a"], [0.1, 0.2], None],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NOT_A_CARD.items() for value in values])
+def test_what_a_card_cannot_say(tmp_path, key, value):
+  """Neither when it is saved, nor when it is read, whoever sealed it."""
+  wrong = {**CARD, key: value}
+  with pytest.raises(Refusal, match=rf"the card of .* says {key if key != 'channels' or value != 2 else 'mean'} "):
+    checkpoint.save_net(tmp_path / "net", {"params": {}}, wrong)
+  (tmp_path / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed({**wrong, "digest": "0"})))
+  with pytest.raises(Refusal, match=r"net\.json says "):
+    checkpoint.read_card(tmp_path)
+
+
+def test_a_card_that_was_changed_is_refused(tmp_path):
+  """Every entry of it, one that is taken out or put in, and other bytes that still are JSON."""
+  checkpoint.save_net(
+    tmp_path / "net", {"params": {"kernel": jnp.arange(6.0)}}, {**CARD, "class_names": ["a", "b", "c"]}
+  )
+  path = tmp_path / "net" / checkpoint.CARD
+  card = checkpoint.read_card(tmp_path / "net")
+  others = [{**card, key: [0.25] if isinstance(value, list) else 7} for key, value in card.items()]
+  others += [{k: v for k, v in card.items() if k != key} for key in card] + [
+    {**card, "more": 1},
+    {},
+    [],
+    None,
+    3,
+    "card",
+  ]
+  for other in others:
+    path.write_text(json.dumps(other))
+    with pytest.raises(Refusal, match=r"net\.json was changed since it was written"):
+      checkpoint.read_card(tmp_path / "net")
+  path.write_text(json.dumps(card))
+  assert checkpoint.read_card(tmp_path / "net") == card
+
+
 def test_a_net_is_saved_with_its_card_and_read_back(tmp_path):
   variables = {"params": {"kernel": jnp.arange(6.0)}}
   card = checkpoint.save_net(tmp_path / "net", variables, {**CARD, "note": "kept"})
-  assert checkpoint.read_card(tmp_path / "net") == card == {**CARD, "note": "kept", "digest": card["digest"]}
+  said = {**CARD, "note": "kept", "digest": card["digest"]}
+  assert checkpoint.read_card(tmp_path / "net") == card == checkpoint.sealed(said)
   back, _ = checkpoint.load_net(tmp_path / "net", {**variables, "batch_stats": {}})
   np.testing.assert_array_equal(back["params"]["kernel"], np.arange(6.0))
   with pytest.raises(Refusal, match="cannot be read"):
     checkpoint.load_net(tmp_path / "net", {"params": {"other": jnp.zeros(6)}, "batch_stats": {}})
-  (tmp_path / "net" / checkpoint.CARD).write_text(json.dumps({**card, "digest": "0"}))
+  (tmp_path / "net" / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed({**card, "digest": "0"})))
   with pytest.raises(Refusal, match="its bytes do not match its digest"):
     checkpoint.load_net(tmp_path / "net", {**variables, "batch_stats": {}})
-  with pytest.raises(Refusal, match="must have mean, std"):
+  with pytest.raises(Refusal, match="other lacks mean, std"):
     checkpoint.save_net(tmp_path / "other", variables, {k: v for k, v in CARD.items() if k not in ("mean", "std")})
   assert [path.name for path in tmp_path.iterdir()] == ["net"], "nothing incomplete is left"
   with pytest.raises(Refusal, match="no saved net in .*No such file"):

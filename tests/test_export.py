@@ -35,6 +35,9 @@ DEEPER = (
 CLASSES, LATENT, WIDTH = 5, 6, 4
 
 
+FORM = {"conditional": True, "output": "tanh", "epsilon": 0.0, "init": "torch"}
+
+
 def pixels(name):
   return LARGER.get(name, 32 if name.startswith("imagenet") else 8)
 
@@ -42,7 +45,7 @@ def pixels(name):
 def random_net(name, channels=3):
   """A `SavedNet` with random variables, so that any reordering changes them; ImageNet's VGG with few hidden units."""
   card = {"net": name, "num_classes": CLASSES, "image_size": pixels(name), "channels": channels}
-  card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH}
+  card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH, **FORM}
   net, inputs = saved.rebuild(card)
   net = net.clone(hidden=48) if name.startswith("imagenet_vgg") else net
   random = np.random.default_rng(0)
@@ -229,18 +232,6 @@ def test_class_names_are_saved(finished):
   assert saved.class_names({"num_classes": 2, "class_names": ["cat", "dog"]}) == ["cat", "dog"]
 
 
-def test_generators_of_older_runs(finished, tmp_path):
-  """Their cards lack latent_dim and width."""
-  shutil.copytree(finished / "generator", tmp_path / "w" / "generator")
-  card = checkpoint.read_card(tmp_path / "w" / "generator")
-  del card["latent_dim"], card["width"]
-  (tmp_path / "w" / "generator" / checkpoint.CARD).write_text(json.dumps(card))
-  with pytest.raises(Refusal, match="latent_dim, width"):
-    saved.load(tmp_path / "w" / "generator")
-  shutil.copy(finished / "config.json", tmp_path / "w")
-  assert checkpoint.digest(saved.load(tmp_path / "w" / "generator").variables) == card["digest"]
-
-
 def test_a_net_saved_on_other_devices(finished, tmp_path):
   program = """import sys, jax
 from cpsc_jax import checkpoint, mesh, saved
@@ -326,8 +317,11 @@ def test_damaged_nets_are_refused(capsys, tmp_path, finished):
     argv = (workdir, "--format", "safetensors", "--which", which, "--out", tmp_path / "x")
     for damage, word in ((card | {"digest": "0" * 64}, "damaged"), (card | {"num_classes": 7}, "cannot be read")):
       (workdir / which / checkpoint.CARD).write_text(json.dumps(damage))
+      refused(capsys, tmp_path, export.main, argv, "was changed since it was written")
+      (workdir / which / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed(damage)))
       refused(capsys, tmp_path, export.main, argv, word)
-    (workdir / which / checkpoint.CARD).write_text(json.dumps({k: v for k, v in card.items() if k != "mean"}))
+    lacking = checkpoint.sealed({k: v for k, v in card.items() if k != "mean"})
+    (workdir / which / checkpoint.CARD).write_text(json.dumps(lacking))
     refused(capsys, tmp_path, export.main, argv, "lacks mean")
     (workdir / which / checkpoint.CARD).write_text("{")
     refused(capsys, tmp_path, export.main, argv, "no saved net")

@@ -29,6 +29,7 @@ from cpsc_jax.interop.convert.__main__ import main, shapes_of
 torch = pytest.importorskip("torch", reason="the files are made with torch: pip install -e '.[test]'")
 
 GENERATOR = {"net": "cifar", "num_classes": 10, "image_size": 8, "channels": 3, "latent_dim": 2, "width": 1}
+GENERATOR |= {"conditional": True, "output": "tanh", "epsilon": 0.0, "init": "torch"}
 CLASSIFIER = {"net": "cifar_resnet8", "num_classes": 10, "image_size": 32, "channels": 3}
 FORMATS = ("zip", "legacy", "safetensors")
 

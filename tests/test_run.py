@@ -316,7 +316,8 @@ def test_misfit_teachers_are_refused(capsys, tmp_path, digits_dir, finished):
     folder = tmp_path / key
     folder.mkdir()
     card = {**checkpoint.read_card(finished / "teacher"), key: value}
-    (folder / checkpoint.CARD).write_text(json.dumps(card))
+    card |= {"mean": [0.5] * card["channels"], "std": [0.5] * card["channels"]}
+    (folder / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed(card)))
     refused(capsys, [*argv, where(folder)], key, str(value), "config.dataset.name")
 
 
@@ -330,9 +331,12 @@ def test_a_teacher_that_saw_the_validation_part_is_refused(capsys, tmp_path, dig
 def test_a_damaged_teacher_is_refused(capsys, tmp_path, digits_dir, finished):
   shutil.copytree(finished / "teacher", tmp_path / "teacher")
   card = checkpoint.read_card(tmp_path / "teacher")
-  (tmp_path / "teacher" / checkpoint.CARD).write_text(json.dumps({**card, "digest": "0" * 64}))
-  argv = command(tmp_path / "w", digits_dir)[1:]
-  refused(capsys, [*argv, f"--config.teacher.checkpoint={tmp_path / 'teacher'}"], "damaged")
+  argv = [*command(tmp_path / "w", digits_dir)[1:], f"--config.teacher.checkpoint={tmp_path / 'teacher'}"]
+  for damage in ({"digest": "0" * 64}, {"mean": [0.0]}, {"std": [1.0]}):
+    (tmp_path / "teacher" / checkpoint.CARD).write_text(json.dumps(card | damage))
+    refused(capsys, argv, "net.json was changed since it was written")
+  (tmp_path / "teacher" / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed({**card, "digest": "0" * 64})))
+  refused(capsys, argv, "damaged")
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(capsys, tmp_path, digits_dir):

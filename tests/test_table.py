@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY
 from cpsc_jax.configs import digits
 
+from cpsc_jax import checkpoint
 from cpsc_jax import events as events_module
 from cpsc_jax.errors import Refusal
 from cpsc_jax.events import Events
@@ -152,7 +153,9 @@ def test_a_plan_on_a_copy_elsewhere_goes_on(tmp_path, plan):
   first, second = tmp_path / "first", tmp_path / "second"
   plan.write_text(PLAN.replace("seeds=(0, 1)", "seeds=(0,)").replace('("--config.student.lr=0.2",)', 'teacher="one"'))
   (tmp_path / "made" / "teacher").mkdir()
-  (tmp_path / "made" / "teacher" / "net.json").write_text(json.dumps({"digest": "a digest"}))
+  sizes = {"net": "wrn_16_1", "num_classes": 10, "image_size": 8, "channels": 1, "mean": [0.3], "std": [0.4]}
+  card = checkpoint.sealed(sizes | {"digest": "a digest"})
+  (tmp_path / "made" / "teacher" / "net.json").write_text(json.dumps(card))
   assert table.main([str(plan), f"--out={first}"]) == 0
   workdir, teacher = first / "small" / "two_other-0", first / "small" / "one-0" / "teacher"
   config = digits.get_config("smoke").to_dict()

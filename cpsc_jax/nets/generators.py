@@ -40,8 +40,8 @@ class Form:
 
   @classmethod
   def of(cls, options: Mapping[str, Any], card: Mapping[str, Any]) -> "Form":
-    """The form that a config's section or a card asks for; older cards lack its keys. `card` has mean and std."""
-    chosen = {name: options[name] for name in ("output", "epsilon", "init") if name in options}
+    """The form that a config's section or a card asks for. `card` has mean and std."""
+    chosen = {name: options[name] for name in ("output", "epsilon", "init")}
     return cls(**chosen, mean=tuple(card.get("mean", ())), std=tuple(card.get("std", ())))
 
   def norm(self, num_classes: int, own: float, name: str, affine: bool = True) -> CategoricalBatchNorm:

@@ -140,6 +140,9 @@ def _ends(stem, head):
   return lambda shapes: {"num_classes": _size(shapes, head), "channels": _size(shapes, stem, 1)}
 
 
+FORM = {"conditional": True, "output": "tanh", "epsilon": 0.0, "init": "torch"}  # of the published code's generators
+
+
 def _generator(first, width, image, wide, shrink):
   """Measures a generator by three of its weights.
 
@@ -155,6 +158,7 @@ def _generator(first, width, image, wide, shrink):
       "image_size": shrink * side,
       "latent_dim": _size(shapes, first, 1),
       "width": narrow,
+      **FORM,
     }
 
   return measure
