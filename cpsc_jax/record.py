@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from cpsc_jax.loop import Outcome
 from cpsc_jax.mesh import is_primary, primary_first, replicated
 from cpsc_jax.nets import onednn
 from cpsc_jax.pool import Pool
-from cpsc_jax.progress import working
+from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
@@ -114,29 +115,62 @@ def _read(path: pathlib.Path, mend: str) -> dict | None:
   return content
 
 
-def claim(workdir: pathlib.Path | None, config: Config) -> None:
-  """Makes `workdir` this config's, on all processes.
+@contextlib.contextmanager
+def claimed(workdir: pathlib.Path | None, config: Config) -> Iterator[None]:
+  """Makes `workdir` this config's, on all processes, and keeps other runs out of it within the block.
 
   Raises:
-    Refusal: it cannot be written, or is not the folder that process 0 sees.
+    Refusal: it cannot be written, is another run's by now, or is not the folder that process 0 sees.
   """
-  if workdir is not None:
-    primary_first(lambda: _claim(workdir, config))
+  with contextlib.ExitStack() as held:
+    if workdir is not None:
+      primary_first(lambda: _claim(workdir, config, held))
+    yield
 
 
-def _claim(workdir: pathlib.Path, config: Config) -> None:
+def _claim(workdir: pathlib.Path, config: Config, held: contextlib.ExitStack) -> None:
   if not is_primary() and not (workdir / "config.json").exists():
     raise Refusal(
       f"process {jax.process_index()} does not see {workdir} of process 0; name a folder that all processes share."
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    if is_primary():
+      held.enter_context(_lock(workdir / ".lock"))
+      earlier_results(workdir, config)  # another run may have begun there since that was asked
     if not (workdir / "config.json").exists():
       write_whole(workdir / "config.json", configs.dump(config).encode())
     (workdir / ".writable").touch()
     (workdir / ".writable").unlink()
   except OSError as error:
     raise Refusal(f"cannot write to {workdir} ({error.strerror}); choose another --workdir.") from error
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path) -> Iterator[None]:
+  """Holds a file for this process; the operating system, of a network's file server too, lets go of it when it dies.
+
+  Raises:
+    Refusal: another process holds it; says which, and since when.
+  """
+  with open(path, "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise Refusal(
+        f"{path.parent} is in use by {file.read().strip() or 'another run'}; wait for its end, stop it, or choose"
+        " another --workdir."
+      ) from None
+    except OSError as error:
+      say(f"{path.parent} cannot be locked ({error.strerror}); see to it that no other run uses it")
+    file.truncate(0)
+    file.write(
+      f"process {os.getpid()} of {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC\n"
+    )
+    file.flush()
+    yield
+    file.truncate(0)
 
 
 def bind(workdir: pathlib.Path | None, teacher: Teacher) -> None:

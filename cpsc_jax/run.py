@@ -4,6 +4,8 @@ import pathlib
 import time
 from collections.abc import Callable
 
+import jax
+
 from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, teach
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
@@ -43,8 +45,21 @@ def run(
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return record.Finished(results)
   primary_first(data.require)
-  record.claim(workdir, c)
+  with record.claimed(workdir, c):
+    return _carry_out(c, workdir, mesh, data, given, card, on_epoch, started)
 
+
+def _carry_out(
+  c: config.Config,
+  workdir: pathlib.Path | None,
+  mesh: jax.sharding.Mesh,
+  data: datasets.Data,
+  given: teach.Teacher | None,
+  card: dict,
+  on_epoch: Callable[[dict], None] | None,
+  started: float,
+) -> record.Finished:
+  """The work of `run`, in a workdir of its own; `card` is the teacher's."""
   test = data.load_evaluation(c.evaluate.split).put(replicated(mesh))
   net = given.net if given else experiment.build_teacher(c, card)
   setup = experiment.build(c, data.spec, net, card, mesh)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -361,6 +362,41 @@ def test_a_run_that_belongs_to_no_config_is_refused(capsys, tmp_path, digits_dir
   assert [path.name for path in workdir.iterdir()] == [name]
 
 
+def test_a_workdir_is_one_process_s_at_a_time(capsys, tmp_path, digits_dir, finished):
+  """Who holds it is told; when that process is killed, it is free."""
+  workdir = tmp_path / "w"
+  shutil.copytree(finished, workdir)
+  (workdir / "results.json").unlink()
+  hold = (
+    f"import pathlib, time; from cpsc_jax import record; held = record._lock(pathlib.Path({str(workdir / '.lock')!r}))"
+  )
+  hold += "; held.__enter__(); print('held', flush=True); time.sleep(600)"
+  with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b"held\n"
+    said = f"is in use by process {other.pid} of {platform.node()} since 20"
+    refused(capsys, command(workdir, digits_dir)[1:], said, "choose another --workdir")
+    other.kill()
+  assert main(command(workdir, digits_dir)) == 0 and results_of(workdir)["student"] == results_of(finished)["student"]
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_together_one_runs(tmp_path, digits_dir):
+  """With the same seed and with another, in a folder that is new."""
+  for number in range(20):
+    workdir = tmp_path / str(number)
+    both = [[*command(workdir, digits_dir)[1:], f"--config.seed={seed}"] for seed in (0, number % 2)]
+    running = [
+      subprocess.Popen([sys.executable, "-m", "cpsc_jax.main", *argv], stderr=subprocess.PIPE) for argv in both
+    ]
+    said = [process.communicate()[1].decode() for process in running]
+    codes = [process.returncode for process in running]
+    assert sorted(codes) == [0, 2], said
+    loser = said[codes.index(2)]
+    assert "is in use by process" in loser or "belongs to another config" in loser
+    winner = json.loads((workdir / "results.json").read_text())
+    assert winner["seed"] == (0, number % 2)[codes.index(0)]
+
+
 def test_damaged_results_are_named(capsys, tmp_path, digits_dir, finished):
   workdir = tmp_path / "w"
   shutil.copytree(finished, workdir)
@@ -398,12 +434,10 @@ def test_a_given_teacher_may_be_moved_but_not_exchanged(capsys, tmp_path, digits
     if again:
       (tmp_path / "w" / "results.json").unlink()
     assert main(argv(tmp_path / "second")) == 0 and results_of(tmp_path / "w")["student"] == want["student"]
-  shutil.copytree(finished / "student", tmp_path / "first")
-  refused(capsys, argv(tmp_path / "first")[1:], "belongs to another config (it differs in teacher.checkpoint)")
-  shutil.rmtree(tmp_path / "second")
-  assert main(argv(tmp_path / "second")) == 0, "what is finished does not need its teacher"
-  shutil.move(tmp_path / "first", tmp_path / "second")
-  refused(capsys, argv(tmp_path / "second")[1:], "is finished, with another teacher", "put that one back")
+  shutil.copytree(finished / "student", tmp_path / "third")
+  refused(capsys, argv(tmp_path / "third")[1:], "belongs to another config (it differs in teacher.checkpoint)")
+  shutil.move(tmp_path / "third", tmp_path / "first")
+  refused(capsys, argv(tmp_path / "first")[1:], "is finished, with another teacher", "put that one back")
 
 
 def test_non_finite_loss_ends_the_run(capsys, tmp_path, digits_dir, finished):
