@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -177,8 +178,10 @@ def timeline(workdir: pathlib.Path) -> dict[int, float]:
 
 def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
   """Accuracy of every finished run against minutes of its training and against the images its student saw, as a PNG."""
-  figure = Figure(figsize=(11, 4.2), layout="constrained")
+  colours = colormaps["tab10" if len(plan.rows) <= 10 else "tab20"].colors
+  figure = Figure(figsize=(13, 4.6), layout="constrained")
   by_time, by_images = figure.subplots(1, 2, sharey=True)
+  drawn: set[str] = set()
   for number, row in enumerate(plan.rows):
     for seed in row.seeds:
       workdir = folder(out, plan, row, seed)
@@ -190,7 +193,8 @@ def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
       resting = waiting_epochs(ConfigDict(results["config"]))
       each = results["samples"]["student"] / (len(history) - resting) / 1000
       accuracy = [entry["accuracy"] for entry in measured]
-      style = {"label": row.name if seed == row.seeds[0] else None, "color": f"C{number}"}
+      style = {"label": None if row.name in drawn else row.name, "color": colours[number % len(colours)], "lw": 1.2}
+      drawn.add(row.name)
       by_time.plot([seconds[entry["epoch"]] / 60 for entry in measured], accuracy, **style)
       by_images.plot([max(entry["epoch"] - resting, 0) * each for entry in measured], accuracy, **style)
   by_time.set(xlabel="minutes of training", ylabel="accuracy", title=plan.pair)
@@ -198,7 +202,7 @@ def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
   for axis in (by_time, by_images):
     axis.grid(alpha=0.3)
   if by_time.lines:
-    by_time.legend()
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
   save_figure(figure, path, dpi=120)
 
 

@@ -36,7 +36,7 @@ def on_digits(c):
   c.schedule.epochs, c.schedule.iterations = 10, 2
   c.pool.size, c.pool.batch_size, c.pool.bank = 1280, 64, 1280
   c.loss.views.negatives = 512
-  c.generator.steps, c.generator.crop_pad = 40, 1
+  c.generator.steps, c.generator.crop_pad, c.generator.lr = 40, 1, 5e-3
   c.student.steps = 80
 
 

@@ -29,8 +29,8 @@ def published(c):
 
 def on_digits(c):
   c.schedule.epochs, c.schedule.iterations = 16, 20
-  c.generator.latent_dim, c.generator.lr = 64, 2e-4
-  c.student.steps = 5
+  c.generator.latent_dim, c.generator.lr = 64, 5e-5
+  c.student.steps, c.student.lr = 5, 0.02
 
 
 def on_cpu(c):

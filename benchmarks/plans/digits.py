@@ -13,16 +13,18 @@ def row(name: str, *flags: str, config: str = "digits") -> Row:
 
 ROWS = (
   Row("cpsc", "digits", (), SEEDS),
-  row("untrained generator", "arm=untrained_generator"),
+  row("cpsc, untrained generator", "arm=untrained_generator"),
   row("real_kd", "arm=real_kd"),
-  *(row(method, config=f"{method}_cifar10:digits") for method in METHODS if method != "cpsc"),
   row("cpsc, nothing inherited", "student.inherit=False"),
-  row("cpsc + triplets", "loss.generator.triplet=0.1", "loss.student.triplet=0.1"),
+  row("cpsc, nothing inherited, untrained generator", "student.inherit=False", "arm=untrained_generator"),
+  *(row(method, config=f"{method}_cifar10:digits") for method in METHODS if method != "cpsc"),
+  row("cpsc in bfloat16", "precision=bfloat16"),
   row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
   row("cpsc + average of the generator", "generator.ema=0.95"),
   row("cpsc + between classes 0.25", "generator.between_share=0.25"),
   row("cpsc + distillation at T 4", "loss.kd_temperature=4"),
   row("cpsc + standardised logits", "loss.kd_standardise=True"),
   row("cpsc + the teacher's classifier", "student.classifier=teacher", "loss.student.features=1"),
+  row("cpsc + triplets", "loss.generator.triplet=0.1", "loss.student.triplet=0.1"),
   row("fast + kept logits", "pool.logits=True", config="fast_cifar10:digits"),
 )
