@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cpsc_jax import checkpoint, datasets, evaluate, nets, saved
 from cpsc_jax.command import Flags, comma_separated, run_command
 from cpsc_jax.errors import Refusal
-from cpsc_jax.interop.convert import families, mapping, torch_files
+from cpsc_jax.interop.convert import families, mapping, normalisations, torch_files
 from cpsc_jax.mesh import make_mesh
 from cpsc_jax.progress import say
 
@@ -41,13 +42,19 @@ def parser() -> Flags:
   flags.add_argument("--arch", help="the net that the file must contain, a name of cpsc_jax.nets such as wrn_40_2")
   flags.add_argument("--num_classes", type=int, help="the number of classes that the file must have")
   flags.add_argument(
-    "--mean", type=numbers, help="per channel, of inputs in [0, 1] (default: customary for the family or data set)"
+    "--mean",
+    type=numbers,
+    help="per channel, of inputs in [0, 1] (default: what fits the images of --check or --images best; without images"
+    " what is customary for the family or data set)",
   )
   flags.add_argument("--std", type=numbers, help="per channel, like --mean")
   flags.add_argument(
     "--image_size", type=int, help="height and width of the inputs (default: customary for the family or data set)"
   )
   flags.add_argument("--check", metavar="DATASET", help="measure the accuracy on the test split of this data set first")
+  flags.add_argument(
+    "--images", metavar="FOLDER", help="images like those it was trained on, unlabelled, to tell its normalisation by"
+  )
   flags.add_argument("--data_dir", default="", help="where it is prepared (default: $TFDS_DATA_DIR or TFDS's own)")
   return flags
 
@@ -74,8 +81,9 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     variables = mapping.from_torch(family.naming, weights, shapes_of(net, inputs))
   except Refusal as refusal:
     raise Refusal(f"{args.source} was recognised as {name} ({family.title}), but {refusal}") from refusal
-  card |= normalisation(args, family, facts, data)
   check_flags(args, card)
+  chosen, doubts = normalisation(args, family, card, data, net, variables)
+  card |= chosen
 
   say(f"{args.source}: {family.title}")
   parameters = nets.count_parameters(variables["params"])
@@ -83,6 +91,8 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
   say(f"  images         {card['image_size']} x {card['image_size']} x {card['channels']}")
   say(f"  normalisation  mean {listed(card['mean'])}, std {listed(card['std'])}")
   say(f"                 {card['normalisation']}")
+  for line in doubts:
+    say(f"  WARNING        {line}")
   if args.check:
     card |= {"checked_on": args.check, "accuracy": accuracy(args, net, variables, card)}
   card |= {"source": pathlib.Path(args.source).name, "source_sha256": sha256}
@@ -118,29 +128,69 @@ def image_size(args: argparse.Namespace, family: families.Family, data: str | No
 
 
 def normalisation(
-  args: argparse.Namespace, family: families.Family, facts: dict[str, Any], data: str | None
-) -> dict[str, Any]:
-  """{"mean", "std", "normalisation"} of the inputs; the last says where the numbers come from.
+  args: argparse.Namespace, family: families.Family, card: dict[str, Any], data: str | None, net: Any, variables: Any
+) -> tuple[dict[str, Any], list[str]]:
+  """({"mean", "std", "normalisation"} of the inputs, what is doubtful about them); the last says where they come from.
+
+  Flags always win. Else, with images at hand, what fits the statistics best that the net has stored; else what is
+  customary.
 
   Raises:
     Refusal: one of --mean and --std without the other, numbers that do not fit, or none given and none customary.
   """
   if bool(args.mean) != bool(args.std):
     raise Refusal("--mean and --std must be given together; add the other one or remove both.")
-  advice = "give --mean and --std if this net was trained with another"
+  channels = card["channels"]
+  spec = datasets.find(data, args.data_dir).spec if data else None
+  own = {
+    "--mean and --std": (args.mean, args.std) if args.mean else None,
+    "this family": family.normalisation,
+    f"'{data}'": (spec.mean, spec.std) if spec and spec.mean else None,
+  }
+  for mean, std in filter(None, [own["--mean and --std"]]):
+    if not len(mean) == len(std) == channels or not all(map(math.isfinite, [*mean, *std])) or not min(std) > 0:
+      raise Refusal(f"--mean and --std must be {channels} finite numbers each, one per channel, and --std positive.")
+  customary = next(((name, found) for name, found in own.items() if found and len(found[0]) == channels), None)
+  tried = normalisations.candidates(channels, own)
+  images = None if card["net"] in nets.GENERATORS else at_hand(args, card)
+  matches = normalisations.rank(net, variables, images, tried) if images is not None else []
+  if not customary and not matches:
+    raise Refusal(
+      f"no normalisation is customary for a net of {card['num_classes']} classes; give --mean and --std, or --images."
+    )
+  sure = bool(matches) and normalisations.is_sure(matches)
   if args.mean:
-    mean, std, origin = args.mean, args.std, "from --mean and --std"
-  elif family.normalisation:
-    (mean, std), origin = family.normalisation, f"customary for this family; {advice}"
-  elif data and datasets.find(data, args.data_dir).spec.mean:
-    spec = datasets.find(data, args.data_dir).spec
-    mean, std, origin = spec.mean, spec.std, f"customary for '{data}'; {advice}"
+    better = sure and matches[0].name != customary[0]
+    doubts = [f"that of {matches[0].name} fits the images better: {ranking(matches)}"] if better else []
+    return _chosen(args.mean, args.std, "from --mean and --std"), doubts
+  if sure:
+    best = matches[0]
+    return _chosen(best.mean, best.std, f"{best.name}: fits what the net has stored ({ranking(matches)})"), []
+  if not customary:
+    raise Refusal(f"no normalisation fits the images well ({ranking(matches)}); give --mean and --std.")
+  if matches:
+    doubts = [f"no normalisation fits the images well, or two do ({ranking(matches)}); give --mean and --std"]
+  elif images is not None or card["net"] in nets.GENERATORS:
+    doubts = []  # without batch norm there is nothing to compare
   else:
-    raise Refusal(f"no normalisation is customary for a net of {facts['num_classes']} classes; give --mean and --std.")
-  channels = facts["channels"]
-  if not len(mean) == len(std) == channels or not all(map(math.isfinite, [*mean, *std])) or not min(std) > 0:
-    raise Refusal(f"--mean and --std must be {channels} finite numbers each, one per channel, and --std positive.")
+    doubts = ["not compared with what the net has stored: give --check, --images FOLDER, or --mean and --std"]
+  return _chosen(*customary[1], f"customary for {customary[0]}"), doubts
+
+
+def _chosen(mean: Sequence[float], std: Sequence[float], origin: str) -> dict[str, Any]:
   return {"mean": list(mean), "std": list(std), "normalisation": origin}
+
+
+def at_hand(args: argparse.Namespace, card: dict[str, Any]) -> np.ndarray | None:
+  """Images to tell the normalisation by, of --images or --check; None without either."""
+  if args.images:
+    return normalisations.images_below(args.images, card["image_size"], card["channels"])
+  return normalisations.images_of(args.check, args.data_dir) if args.check else None
+
+
+def ranking(matches: Sequence[normalisations.Match]) -> str:
+  """The distances of the best four."""
+  return ", ".join(f"{match.name} {match.distance:.4f}" for match in matches[:4])
 
 
 def shapes_of(net: Any, inputs: Iterable[jax.Array]) -> dict[str, Any]:

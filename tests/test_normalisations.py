@@ -1,0 +1,136 @@
+"""The normalisation of a teacher's inputs is told from what its first batch norm has stored."""
+
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+from PIL import Image
+
+from cpsc_jax import nets
+from cpsc_jax.errors import Refusal
+from cpsc_jax.interop.convert import families, mapping, normalisations, torch_files
+from cpsc_jax.interop.convert.__main__ import main, shapes_of
+from cpsc_jax.state import Output
+
+CHECKPOINTS = SHARED / "data" / "checkpoints"
+RIGHT = {
+  "resnet20-12fca82f.th": "ImageNet",
+  "resnet56-4bfd9763.th": "ImageNet",
+  "WRN10_1_cifar10.pth": "most CIFAR-10 code",
+  "WRN16_1_cifar10.pth": "most CIFAR-10 code",
+  "resnet8_cifar10.pth": "most CIFAR-10 code",
+  "resnet20_cifar10.pth": "most CIFAR-10 code",
+  "resnet20_cifar100.pth": "CIFAR-100",
+  "resnet32_cifar100.pth": "CIFAR-100",
+}
+
+
+def smooth_images(number=200, side=32, channels=3, seed=0):
+  """Random images with the strong correlation of neighbours that photographs have, and channels of their own."""
+  random = np.random.default_rng(seed)
+  coarse = random.normal(0, 1, (number, side // 8, side // 8, channels)) + random.normal(0, 1, (number, 1, 1, channels))
+  x = np.repeat(np.repeat(coarse, 8, 1), 8, 2) * [0.14, 0.16, 0.2] + [0.4, 0.5, 0.55]
+  return (255 * np.clip(x[..., :channels], 0, 1)).astype(np.uint8)
+
+
+def taught(images, mean, std, augmentation=True):
+  """A net whose first batch norm has stored the moments of these images under a normalisation."""
+  net = nets.classifier("wrn_10_1", 10)
+  x = normalisations.augmented(images) if augmentation else images
+  x = (jnp.asarray(x, jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+  variables = nets.init(net, jax.random.key(0), x[:2])
+  seen = jax.jit(lambda x: nets.forward_observed(net, variables, x).statistics.seen)(x)
+  variables["batch_stats"]["block1_0"]["bn1"] = seen["block1_0", "bn1"]
+  return net, variables
+
+
+@pytest.mark.parametrize(
+  ("name", "augmentation"), [*((name, True) for name in normalisations.KNOWN), ("ImageNet", False)]
+)
+def test_the_right_one_is_found_on_other_images(name, augmentation):
+  tried = normalisations.candidates(3, {})
+  net, variables = taught(smooth_images(), *tried[name], augmentation)
+  matches = normalisations.rank(net, variables, smooth_images(seed=1), tried)
+  assert matches[0].name == name and matches[0].cropped == augmentation and matches[0].distance < 0.02
+  assert [m.distance for m in matches] == sorted(m.distance for m in matches) and len(matches) == len(tried)
+
+
+def test_one_that_is_none_of_the_known_is_not_sure():
+  tried = normalisations.candidates(3, {})
+  net, variables = taught(smooth_images(), (0.2, 0.9, 0.1), (1.5, 0.1, 0.4))
+  assert not normalisations.is_sure(normalisations.rank(net, variables, smooth_images(seed=1), tried))
+
+
+def test_candidates_are_each_tried_once_and_fit_the_channels():
+  own = {"mine": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), "none": None, "grey": ((0.3,), (0.2,))}
+  found = normalisations.candidates(3, own)
+  assert list(found)[:2] == ["mine", "grey"] and "CIFAR-10" not in found and found["grey"] == ((0.3,) * 3, (0.2,) * 3)
+  assert set(normalisations.candidates(1, {})) == {"-1 to 1", "0 to 1"}
+
+
+def test_a_net_without_batch_norm_has_no_ranking():
+
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return Output(nn.Dense(10)(x.reshape(len(x), -1)))
+
+  net = Plain()
+  variables = net.init(jax.random.key(0), smooth_images(2).astype(np.float32), train=False)
+  assert normalisations.rank(net, variables, smooth_images(60), normalisations.candidates(3, {})) == []
+
+
+def test_folders_of_images(tmp_path):
+  with pytest.raises(Refusal, match="has 0 PNG or JPEG images; give a folder with 50 or more"):
+    normalisations.images_below(tmp_path, 32, 3)
+  (tmp_path / "deep" / "er").mkdir(parents=True)
+  images = smooth_images(60)
+  for number, image in enumerate(images):
+    Image.fromarray(image).save((tmp_path if number % 2 else tmp_path / "deep" / "er") / f"{number}.png")
+  (tmp_path / "notes.txt").write_text("no image")
+  found = normalisations.images_below(tmp_path, 32, 3)
+  assert found.shape == (60, 32, 32, 3) and found.dtype == np.uint8
+  assert sorted(map(bytes, found)) == sorted(map(bytes, images))
+  assert normalisations.images_below(tmp_path, 16, 1).shape == (60, 16, 16, 1)
+  with pytest.raises(Refusal, match="images of 1 or 3 channels"):
+    normalisations.images_below(tmp_path, 32, 4)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+  """{data set: test images}, of the real archives."""
+  if not CHECKPOINTS.exists():
+    pytest.skip("needs the checkpoints and images of ../shared/data")
+  sys.path.insert(0, str(SHARED / "data"))
+  unpack = pytest.importorskip("unpack")
+  cifar100 = unpack.mosaics(SHARED / "data" / "cifar100" / "test.npz")[0]
+  return {"cifar10": unpack.cifar10("test")[0], "cifar100": cifar100}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RIGHT)
+def test_of_real_checkpoints_the_right_one_is_chosen_and_surely(photographs, file):
+  """Of others' training, on test images that it has not seen."""
+  weights, _ = torch_files.read(CHECKPOINTS / file)
+  shapes = {key: array.shape for key, array in weights.items()}
+  family, name = families.recognise(shapes)
+  net = nets.classifier(name, family.measure(shapes)["num_classes"])
+  variables = mapping.from_torch(family.naming, weights, shapes_of(net, (np.zeros((2, 32, 32, 3), np.float32),)))
+  images = photographs["cifar100" if "cifar100" in file else "cifar10"]
+  matches = normalisations.rank(net, variables, images, normalisations.candidates(3, {}))
+  print(file, [(m.name, round(m.distance, 4), m.cropped) for m in matches])
+  assert matches[0].name == RIGHT[file] and normalisations.is_sure(matches)
+
+
+@pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the checkpoints of ../shared/data")
+def test_without_images_the_choice_is_doubted_and_with_flags_it_is_not(tmp_path, capsys):
+  source = str(CHECKPOINTS / "resnet20_cifar100.pth")
+  assert main([source, "--out", str(tmp_path / "a")]) == 0
+  shown = capsys.readouterr().out
+  assert "WARNING" in shown and "not compared with what the net has stored" in shown and "--images FOLDER" in shown
+  flags = ["--mean=0.507,0.487,0.441", "--std=0.267,0.256,0.276"]
+  assert main([source, "--out", str(tmp_path / "b"), *flags]) == 0 and "WARNING" not in capsys.readouterr().out
