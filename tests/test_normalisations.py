@@ -44,7 +44,7 @@ def taught(images, mean, std, augmentation=True):
   x = (jnp.asarray(x, jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
   variables = nets.init(net, jax.random.key(0), x[:2])
   seen = jax.jit(lambda x: nets.forward_observed(net, variables, x).statistics.seen)(x)
-  variables["batch_stats"]["block1_0"]["bn1"] = seen["block1_0", "bn1"]
+  variables["batch_stats"]["block1_0"]["bn1"] = {key: seen["block1_0", "bn1"][key] for key in ("mean", "var")}
   return net, variables
 
 
@@ -66,9 +66,13 @@ def test_one_that_is_none_of_the_known_is_not_sure():
 
 
 def test_candidates_are_each_tried_once_and_fit_the_channels():
-  own = {"mine": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), "none": None, "grey": ((0.3,), (0.2,))}
-  found = normalisations.candidates(3, own)
-  assert list(found)[:2] == ["mine", "grey"] and "CIFAR-10" not in found and found["grey"] == ((0.3,) * 3, (0.2,) * 3)
+  own = {
+    "mine": ((0.1, 0.2, 0.3), (0.2, 0.2, 0.2)),
+    "none": None,
+    "rounded": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+  }
+  found = normalisations.candidates(3, {**own, "grey": ((0.3,), (0.2,))})
+  assert list(found) == [*normalisations.KNOWN, "mine", "grey"] and found["grey"] == ((0.3,) * 3, (0.2,) * 3)
   assert set(normalisations.candidates(1, {})) == {"-1 to 1", "0 to 1"}
 
 

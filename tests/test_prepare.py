@@ -11,12 +11,14 @@ import pathlib
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from conftest import REPOSITORY, shared
 from PIL import Image
 
 from cpsc_jax import datasets
-from cpsc_jax.datasets import builders
+from cpsc_jax.datasets import builders, folders
 from cpsc_jax.datasets.prepare import main, prepare
 from cpsc_jax.errors import Refusal
 
@@ -316,6 +318,17 @@ def test_offline_is_refused_within_seconds(tmp_path, monkeypatch, server):
 # A data set of one's own.
 
 
+def deep_png():
+  """A PNG of 8 x 8 pixels with 16 bits in each of three channels, which Pillow reads and cannot write."""
+  rows = b"".join(b"\0" + bytes(8 * 3 * 2) for _ in range(8))
+  parts = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+  chunks = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts)
+  return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+DEEP = deep_png()
+
+
 def write(path, pixels, **options):
   path.parent.mkdir(parents=True, exist_ok=True)
   (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
@@ -464,7 +477,38 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     kept.unlink()
   refused(tmp_path / "h", "rose has no images")
   write(flowers(tmp_path / "i") / "test" / "rose" / "1.png", GREY.astype(np.uint16) * 256)
-  refused(tmp_path / "i", "1.png has more than 8 bits")
+  refused(tmp_path / "i", "1.png has more than 8 bits per channel")
+  (flowers(tmp_path / "j", [("test", 1)]) / "test" / "rose" / "0.png").write_bytes(DEEP)
+  refused(tmp_path / "j", "0.png has more than 8 bits per channel")
+  for name in ("rose ", "ro\nse", " rose", "Rose", "ro\u00a0se"):
+    folder = tmp_path / f"k{ord(name[0])}{len(name)}{ord(name[2])}"
+    flowers(folder, [("test", 1)], classes=("rose", "ro se", name))
+    refused(folder, "cannot be printed; rename it|differ in blanks or case alone; rename one")
+  refused(flowers(tmp_path / "l", [("test", 1)]), "at most 4,096, got 10000", image_size=10_000)
+
+
+def test_images_that_are_too_large_are_refused_before_they_are_read(tmp_path, monkeypatch):
+  folder = flowers(tmp_path / "f", [("test", 1)], shape=(8, 8, 3))
+  Image.new("1", (20_000, 20_000)).save(folder / "test" / "rose" / "0.png")  # 50 kB
+  refused(folder, "0.png is 20000x20000, more than 67,108,864 pixels; make it smaller", image_size=8)
+  folder = flowers(tmp_path / "g", [("test", 1)], shape=(8, 8, 3))
+  monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 8 * 8 * 3 * 3 - 1}[name])
+  refused(folder, "GiB of memory; use fewer, or a smaller --image_size")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright(tmp_path, orientation):
+  """As their EXIF entry says, which cameras write in place of turning the pixels."""
+  upright = np.zeros((8, 8), np.uint8)
+  upright[:2, :3] = 255
+  image = Image.fromarray(upright)
+  turns = {2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}  # Image.Transpose that undoes the camera's
+  for turn in turns.get(orientation, ()):
+    image = image.transpose(turn)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  path = write(tmp_path / "0.png", image, exif=exif)
+  np.testing.assert_array_equal(np.asarray(folders.read(path)), upright)
 
 
 def test_damaged_images_are_named(tmp_path):

@@ -1,6 +1,8 @@
 """The user's own images, in train/CLASS/ and test/CLASS/: all of them are read and checked before any is written."""
 
+import os
 import pathlib
+import unicodedata
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from cpsc_jax.errors import Refusal, first_line
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREYSCALE = ("1", "L", "LA")
 MODES = {None: None, 1: "L", 3: "RGB"}  # by channels
+LARGEST_IMAGE, LARGEST_SIDE = 2**26, 2**12  # pixels of an image that is read; of a side to which images are resized
 LAYOUT = "test/CLASS/*.png|jpg|jpeg and, to train a teacher, train/CLASS/* of the same classes"
 
 
@@ -48,8 +51,8 @@ def survey(
     Refusal: names the folder or the image that is wrong, and what to do.
   """
   folder = pathlib.Path(folder)
-  if image_size is not None and image_size < 1:
-    raise Refusal(f"--image_size must be at least 1, got {image_size}.")
+  if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+    raise Refusal(f"--image_size must be at least 1 and at most {LARGEST_SIDE:,}, got {image_size}.")
   if not folder.is_dir():
     raise Refusal(f"{folder} is not a folder; for a data set of your own, --from takes a folder with {LAYOUT}.")
   splits = [split for split in ("train", "test") if split == "test" or (folder / split).is_dir()]
@@ -59,6 +62,7 @@ def survey(
     raise Refusal(
       f"class '{name}' is only in one of {folder}/train and {folder}/test; both must have the same classes."
     )
+  _check_names(folder, classes)
   if len(classes) < 2:
     raise Refusal(f"{folder / 'test'} must have at least two class folders, got {len(classes)}.")
   rows = {
@@ -67,6 +71,7 @@ def survey(
   }
   side, greyscale, mean, std = read_all(rows, image_size, MODES[channels])
   channels = channels or (1 if greyscale else 3)
+  _check_memory(folder, side**2 * channels * max(map(len, rows.values())))
   spec = Dataset(
     num_classes=len(classes),
     image_size=side,
@@ -77,6 +82,28 @@ def survey(
     photographs=photographs,
   )
   return Survey(spec, classes, rows)
+
+
+def _check_names(folder: pathlib.Path, classes: list[str]) -> None:
+  """Refuses names that cannot be told apart, or printed, later."""
+  known: dict[str, str] = {}
+  for name in classes:
+    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    if not name.isprintable() or name != name.strip():
+      raise Refusal(f"class {name!r} in {folder} has blanks at an end or characters that cannot be printed; rename it.")
+    if plain in known:
+      raise Refusal(f"classes '{known[plain]}' and '{name}' in {folder} differ in blanks or case alone; rename one.")
+    known[plain] = name
+
+
+def _check_memory(folder: pathlib.Path, needed: int) -> None:
+  """Refuses a split that a run could not hold, as it is loaded whole."""
+  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if needed > there:
+    raise Refusal(
+      f"the images of {folder} take {needed / 2**30:,.1f} GiB and this machine has {there / 2**30:,.1f} GiB of memory;"
+      " use fewer, or a smaller --image_size."
+    )
 
 
 def list_images(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -134,19 +161,23 @@ def read(
   mode: str | None = None,
   where: str | None = None,
 ) -> Image.Image:
-  """A PIL image in `mode` "L" or "RGB" from a path or an open file; alpha is dropped.
+  """A PIL image in `mode` "L" or "RGB" from a path or an open file: upright by its EXIF entry; alpha is dropped.
 
   `mode` None keeps greyscale images "L" and makes all others "RGB". With `image_size` the shorter side is resized to it
   and the centre is kept. `where` is the name of the file in messages, if it has no path.
 
   Raises:
-    Refusal: damaged, neither PNG nor JPEG, or of more than 8 bits.
+    Refusal: damaged, neither PNG nor JPEG, of more than 8 bits, or of more than LARGEST_IMAGE pixels.
   """
   where = where or file
   try:
     with Image.open(file, formats=("PNG", "JPEG")) as image:
-      if image.mode[0] in "IF":
-        raise Refusal(f"{where} has more than 8 bits per pixel; convert it to 8 bits.")
+      deep = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow would drop the lower half of each
+      if image.mode[0] in "IF" or deep:
+        raise Refusal(f"{where} has more than 8 bits per channel; convert it to 8 bits.")
+      if image.width * image.height > LARGEST_IMAGE:
+        raise Refusal(f"{where} is {image.width}x{image.height}, more than {LARGEST_IMAGE:,} pixels; make it smaller.")
+      image = ImageOps.exif_transpose(image)
       image = image.convert("RGBA") if image.mode in ("P", "PA") else image  # look up the colours of a palette first
       image = image.convert(mode or ("L" if image.mode in GREYSCALE else "RGB"))
   except Refusal:

@@ -160,7 +160,7 @@ def normalisation(
     )
   sure = bool(matches) and normalisations.is_sure(matches)
   if args.mean:
-    better = sure and matches[0].name != customary[0]
+    better = sure and not normalisations.same((matches[0].mean, matches[0].std), (args.mean, args.std))
     doubts = [f"that of {matches[0].name} fits the images better: {ranking(matches)}"] if better else []
     return _chosen(args.mean, args.std, "from --mean and --std"), doubts
   if sure:

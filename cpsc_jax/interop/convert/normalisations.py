@@ -46,17 +46,20 @@ class Match:
 
 
 def candidates(channels: int, own: Mapping[str, Statistics | None]) -> dict[str, Statistics]:
-  """What is tried, by name: `own` ones first, then KNOWN; one of each set of numbers."""
+  """What is tried, by name: KNOWN, then `own` ones with other numbers."""
   found: dict[str, Statistics] = {}
-  for name, statistics in [*own.items(), *KNOWN.items()]:
+  for name, statistics in [*KNOWN.items(), *own.items()]:
     if statistics is None:
       continue
     mean, std = (tuple(values) * (channels if len(values) == 1 else 1) for values in statistics)
-    if len(mean) == len(std) == channels and not any(
-      np.allclose((mean, std), other, atol=2e-3) for other in found.values()
-    ):
+    if len(mean) == len(std) == channels and not any(same((mean, std), other) for other in found.values()):
       found[name] = (mean, std)
   return found
+
+
+def same(statistics: Statistics, other: Statistics) -> bool:
+  """Whether two normalisations are one but for rounding."""
+  return np.allclose(statistics, other, atol=2e-3)
 
 
 def rank(net: Any, variables: Tree, images: np.ndarray, tried: Mapping[str, Statistics]) -> list[Match]:
