@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from cpsc_jax.errors import RESUME, Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.record import differences, write_whole
+from cpsc_jax.stop import GRACE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -158,7 +159,8 @@ def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: flo
   log = workdir.with_name(f"{workdir.name}.log")
   with open(log, "a") as file:
     pin = functools.partial(os.sched_setaffinity, 0, cores)
-    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=pin)
+    patient = {**os.environ, GRACE: "900"}  # the epoch under way is to be saved
+    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=pin, env=patient)
     stop = threading.Timer(min(left, threading.TIMEOUT_MAX), process.terminate)
     stop.start()
     code = process.wait()

@@ -5,9 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from cpsc_jax.errors import Refusal
-
-INTERRUPTED = 130
+from cpsc_jax.errors import INTERRUPTED, Refusal
 
 
 class Flags(argparse.ArgumentParser):

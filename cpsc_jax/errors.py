@@ -1,6 +1,7 @@
 """Errors whose message is for the user."""
 
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: launchers run the same command again
+INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 
 class Refusal(Exception):

@@ -29,8 +29,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from cpsc_jax import compile_cache, configs, describe, mesh, schema, stop  # noqa: E402
-from cpsc_jax.command import INTERRUPTED  # noqa: E402
-from cpsc_jax.errors import RESUME, Refusal  # noqa: E402
+from cpsc_jax.errors import INTERRUPTED, RESUME, Refusal  # noqa: E402
 
 CONFIG_FLAGS = ("--config", "-config")
 HELP_FLAGS = {"--help", "-help", "-h"}
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   argv = sys.argv if argv is None else argv
   workdir = None
   try:
-    with stop.exit_on_sigterm():
+    with stop.ended_in_time(), stop.exit_on_sigterm():
       if text := information(argv):
         print(text)
         return 0
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"cpsc_jax: {mesh.lost_process(error)}", file=sys.stderr, flush=True)
     return RESUME
   except KeyboardInterrupt:
-    print("cpsc_jax: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
+    print(stop.SAID[INTERRUPTED], file=sys.stderr)
     return INTERRUPTED
   return 0
 

@@ -1,12 +1,72 @@
-"""What SIGTERM does. Schedulers send it before they take a machine away; the same command then resumes the run."""
+"""What SIGTERM and Ctrl-C do. Schedulers send the first before they take a machine away; the same command resumes.
+
+Python runs its handlers between two of its own instructions, and a compiler or a wait for a device is one that may take
+minutes; an exception of a handler can also get lost in a callback. So a thread counts the seconds, and what is not over
+by then is ended. Nothing is lost by that: files are written whole or not at all.
+"""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from cpsc_jax.errors import RESUME
+from cpsc_jax.errors import INTERRUPTED, RESUME
+
+GRACE = "CPSC_JAX_GRACE"  # the environment variable: seconds that SIGTERM leaves for finishing and saving the epoch
+SECONDS = 8.0  # without it, and for Ctrl-C
+SAID = {
+  RESUME: "cpsc_jax: stopped by SIGTERM; the same command resumes from the last checkpoint.",
+  INTERRUPTED: "cpsc_jax: interrupted; the same command resumes from the last checkpoint.",
+}
+
+
+@contextlib.contextmanager
+def ended_in_time() -> Iterator[None]:
+  """Within it, the program ends at most SECONDS after Ctrl-C, at once after a second one, and GRACE after SIGTERM."""
+  if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+    yield
+    return
+  seen, write = os.pipe()
+  os.set_blocking(write, False)
+  before, deadlines = signal.set_wakeup_fd(write, warn_on_full_buffer=False), []
+
+  def leave(code: int) -> None:
+    print(SAID[code], file=sys.stderr, flush=True)
+    os._exit(code)
+
+  def watch() -> None:
+    interrupted = False
+    while number := os.read(seen, 1):
+      if number[0] == signal.SIGINT and interrupted:
+        leave(INTERRUPTED)
+      if number[0] in (signal.SIGINT, signal.SIGTERM):
+        interrupted = interrupted or number[0] == signal.SIGINT
+        code = INTERRUPTED if number[0] == signal.SIGINT else RESUME
+        seconds = SECONDS if code == INTERRUPTED else _grace()
+        deadlines.append(threading.Timer(seconds, leave, (code,)))
+        deadlines[-1].daemon = True
+        deadlines[-1].start()
+
+  watcher = threading.Thread(target=watch, daemon=True)
+  watcher.start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    os.close(write)
+    watcher.join()
+    os.close(seen)
+    for deadline in deadlines:
+      deadline.cancel()
+
+
+def _grace() -> float:
+  try:
+    return max(float(os.environ.get(GRACE, SECONDS)), 0.0)
+  except ValueError:
+    return SECONDS
 
 
 @contextlib.contextmanager
@@ -14,8 +74,7 @@ def exit_on_sigterm() -> Iterator[None]:
   """Within it, SIGTERM ends the program at once, with the exit code that asks for a restart."""
 
   def leave(*_: object) -> None:
-    message = "cpsc_jax: stopped by SIGTERM; the same command resumes from the last checkpoint."
-    print(message, file=sys.stderr, flush=True)
+    print(SAID[RESUME], file=sys.stderr, flush=True)
     raise SystemExit(RESUME)
 
   with _handler(leave):

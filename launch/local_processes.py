@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for environment in environments(options.processes, options.devices, "PORT"):
       print(" ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items()), shlex.join(options.command))
     return 0
+  os.environ.setdefault("CPSC_JAX_GRACE", str(options.grace))  # of cpsc_jax.stop, in the processes
   signal.signal(signal.SIGTERM, forward)
   for start in range(options.restarts + 1):
     if start:

@@ -9,6 +9,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # a worker and its child processe
   os.environ.setdefault("NPROC", share)  # read by XLA when JAX is first used
   os.environ.setdefault("OMP_NUM_THREADS", share)
 
+os.environ.setdefault("CPSC_JAX_GRACE", "120")  # a busy machine may need long for the epoch that is to be saved
+
 # LLVM's optimisation takes half of the time to compile, and steps as small as those of tests run no slower without it.
 if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()

@@ -121,7 +121,6 @@ ROOMS = {
     "teach",
   },
   "main": {
-    "command",
     "compile_cache",
     "configs",
     "describe",
