@@ -10,7 +10,7 @@ import numpy as np
 from cpsc_jax import methods, nets, schema
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
-from cpsc_jax.mesh import check_divisible
+from cpsc_jax.mesh import check_divisible, device_memory
 from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.setup import Player
 
@@ -150,6 +150,28 @@ def read_embedding(path: str, num_classes: int) -> np.ndarray:
   return rows.astype(np.float32)
 
 
+def check_memory(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  """Refuses what cannot fit by the images alone, which is far less than a run needs; --dry-run measures that."""
+  pixels, keeps = spec.image_size**2 * spec.channels, bool(config.pool.replay_share)
+  inverts = getattr(methods.METHODS[config.method], "INVERTS", False)
+  needed = {
+    "schedule.batch_size": 3 * 4 * config.schedule.batch_size * pixels,  # images, views and their gradient
+    "pool.batch_size": 3 * 4 * config.pool.batch_size * pixels if inverts else 0,
+    "pool.size": config.pool.size * pixels * (1 if config.pool.dtype == "uint8" else 4) if inverts or keeps else 0,
+    "evaluate.samples_per_class": 4 * config.evaluate.samples_per_class * spec.num_classes * pixels * mesh.size,
+    "evaluate.batch_size": 4 * config.evaluate.batch_size * pixels,
+  }
+  there = device_memory() * mesh.size
+  for key, bytes_ in needed.items():
+    section, _, name = key.partition(".")
+    if bytes_ > there > 0:
+      raise Refusal(
+        f"config.{key} is {config[section][name]:,}, whose images of {spec.image_size} x {spec.image_size} x"
+        f" {spec.channels} alone take {bytes_ / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f} GiB on {mesh.size}"
+        " device(s); make it smaller."
+      )
+
+
 def check_augmentation(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   players = ("student", "generator") if config.teacher.checkpoint else ("student", "generator", "teacher")
   for player in players:
@@ -245,6 +267,7 @@ CHECKS = (
   check_schedule,
   check_nets,
   check_batches,
+  check_memory,
   check_method,
   check_warmup,
   check_embedding,

@@ -1,6 +1,5 @@
 """What a run would do: read, compute, need and write; nothing is read but cards and nothing is written."""
 
-import os
 import pathlib
 import time
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import ml_collections
 
 from cpsc_jax import algorithm, checkpoint, config, datasets, experiment, nets, record, schema, streams, teach
-from cpsc_jax.mesh import make_mesh
+from cpsc_jax.mesh import device_memory, make_mesh
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
 from cpsc_jax.streams import Stream
@@ -97,7 +96,7 @@ def _needs(c: config.Config, setup: Setup, state: Any, teacher: Tree) -> list[st
   began = time.monotonic()
   jax.block_until_ready(compiled(state, teacher))
   each = time.monotonic() - began
-  device, there = jax.devices()[0], _memory()
+  device, there = jax.devices()[0], device_memory()
   lines = [
     f"memory     {needed / MIB:,.0f} MiB on each of {jax.device_count()} x {device.device_kind.lower()}"
     + (f", which has {there / MIB:,.0f} MiB" if there else ""),
@@ -110,14 +109,6 @@ def _needs(c: config.Config, setup: Setup, state: Any, teacher: Tree) -> list[st
       "THIS DOES NOT FIT: make schedule.batch_size or pool.size smaller, or use more devices (docs/scaling.md)."
     )
   return lines
-
-
-def _memory() -> int:
-  """Bytes of memory of a device; of a CPU those of the machine; 0 where it is not known."""
-  device = jax.devices()[0]
-  if device.platform == "cpu":
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def _duration(seconds: float) -> str:

@@ -97,6 +97,14 @@ def barrier(name: str) -> None:
   multihost_utils.sync_global_devices(name)
 
 
+def device_memory() -> int:
+  """Bytes of memory of the first device; of a CPU those of the machine; 0 where it is not known."""
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
 def primary_first(work: Callable[[], object]) -> None:
   """Calls `work` on process 0 and then on all others, which find the files that process 0 made."""
   if is_primary():

@@ -116,6 +116,29 @@ def test_precision_is_that_of_the_devices_unless_it_is_given(platform, precision
   assert configs.resolve(config, spec, mesh).precision == "float16"
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "images"),
+  [
+    ("schedule.batch_size", 2**20, 12),
+    ("evaluate.batch_size", 2**20, 4),
+    ("evaluate.samples_per_class", 2**20, 40),
+    ("pool.size", 10**9, 1),
+  ],
+)
+def test_what_no_memory_holds_is_refused_before_any_work(monkeypatch, key, value, images):
+  """`images` bytes for each of the 64 pixels of a digit and each one of `value`."""
+  config = digits.get_config()
+  config.update_from_flattened_dict({key: value, "pool.dtype": "uint8"})
+  config.pool.replay_share = 0.5 if key == "pool.size" else 0.0
+  monkeypatch.setattr(configs, "device_memory", lambda: images * 64 * value)
+  resolve(config)
+  monkeypatch.setattr(configs, "device_memory", lambda: images * 64 * value - 1)
+  with pytest.raises(Refusal, match=rf"config.{key} is {value:,}, whose images of 8 x 8 x 1 alone take"):
+    resolve(config)
+  monkeypatch.setattr(configs, "device_memory", lambda: 0)  # not known
+  resolve(config)
+
+
 def test_resolving_freezes_a_copy():
   config = digits.get_config()
   before = config.to_json()

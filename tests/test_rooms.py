@@ -34,7 +34,7 @@ ROOMS = {
   "saved": {"errors", "checkpoint", "nets"},
   "report": {"command", "errors"},
   "sample": {"errors", "progress", "datasets", "report", "saved", "command"},
-  "interop": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate", "saved"},
+  "interop": {"errors", "command", "progress", "mesh", "datasets", "nets", "checkpoint", "evaluate", "saved", "state"},
   "loop": {"errors", "checkpoint", "events", "mesh", "progress", "state", "stop"},
   "schema": {"errors", "methods"},
   "describe": {"datasets", "methods", "nets", "schema"},
