@@ -451,7 +451,7 @@ def test_image_size(tmp_path):
     write(folder / "test" / name / "wide.png", wide)
     write(folder / "test" / name / "square.png", np.full((10, 10, 3), 200, np.uint8))
   refused(folder, r"wide.png is 60x20, .*square.png is 10x10; images must be square .*--image_size")
-  refused(folder, "--image_size must be at least 1, got 0", image_size=0)
+  refused(folder, "--image_size must be at least 1 and at most 4,096, got 0", image_size=0)
   prepare("flowers", str(tmp_path / "d"), str(folder), image_size=10)
   images = np.asarray(datasets.find("flowers", str(tmp_path / "d")).load_evaluation("test").images)
   assert images.shape == (4, 10, 10, 3) and images.min() > 180, "resized, and the middle is kept"
@@ -489,8 +489,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 
 def test_images_that_are_too_large_are_refused_before_they_are_read(tmp_path, monkeypatch):
   folder = flowers(tmp_path / "f", [("test", 1)], shape=(8, 8, 3))
-  Image.new("1", (20_000, 20_000)).save(folder / "test" / "rose" / "0.png")  # 50 kB
-  refused(folder, "0.png is 20000x20000, more than 67,108,864 pixels; make it smaller", image_size=8)
+  Image.new("1", (9_000, 9_000)).save(folder / "test" / "rose" / "0.png")  # 10 kB
+  refused(folder, "0.png is 9000x9000, more than 67,108,864 pixels; make it smaller", image_size=8)
+  Image.new("1", (20_000, 20_000)).save(folder / "test" / "rose" / "0.png")
+  refused(folder, "0.png has more than 67,108,864 pixels; make it smaller", image_size=8)
   folder = flowers(tmp_path / "g", [("test", 1)], shape=(8, 8, 3))
   monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 8 * 8 * 3 * 3 - 1}[name])
   refused(folder, "GiB of memory; use fewer, or a smaller --image_size")

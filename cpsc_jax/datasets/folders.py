@@ -182,6 +182,8 @@ def read(
       image = image.convert(mode or ("L" if image.mode in GREYSCALE else "RGB"))
   except Refusal:
     raise
+  except Image.DecompressionBombError:
+    raise Refusal(f"{where} has more than {LARGEST_IMAGE:,} pixels; make it smaller.") from None
   except Exception as error:  # Pillow raises various types for damaged files
     raise Refusal(
       f"{where} is damaged or not a PNG or JPEG image ({first_line(error)}); restore or remove it."
