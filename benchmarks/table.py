@@ -1,6 +1,6 @@
 """A plan of runs, carried out row by row, and the tables of what is finished.
 
-  python -m benchmarks.table benchmarks/plans/digits.py [--only cpsc,fast] [--out runs/table] [--jobs 1] [--budget 2h]
+  python -m benchmarks.table benchmarks/plans/digits.py [--only cpsc] [--out runs/table] [--jobs 1] [--budget 2h]
     [--into docs/results.md] [--config.KEY=VALUE ...]
 
 A plan is a Python file with PAIR (a title) and ROWS, best expected evidence first; also BASE, the row with which others
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog="python -m benchmarks.table", description=__doc__.split("\n")[0], allow_abbrev=False
   )
   parser.add_argument("plan", type=pathlib.Path, help="a Python file with PAIR and ROWS")
-  parser.add_argument("--only", help="rows to run, with commas between (default: all)")
+  parser.add_argument("--only", action="append", metavar="ROW", help="a row to run; several times for several")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/table"), help="(default: %(default)s)")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--budget", help="time after which nothing is begun, such as 2h (default: any)")
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
     until = time.monotonic() + (plans.seconds_of(options.budget) if options.budget else 10**9)
     plan = plans.read(options.plan)
-    names = [name.strip() for name in options.only.split(",")] if options.only else [row.name for row in plan.rows]
+    names = options.only or [row.name for row in plan.rows]
     if unknown := [name for name in names if name not in {row.name for row in plan.rows}]:
       raise Refusal(f"no row '{unknown[0]}'; there are {', '.join(row.name for row in plan.rows)}.")
     work(options, plan, [row for row in plan.rows if row.name in names], flags, until)

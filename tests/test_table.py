@@ -138,7 +138,7 @@ ROWS = (
   assert table.main([str(plan), f"--out={out}", "--only=taught"]) == 2
   assert "takes its teachers from 'one'; run that row first, seed 1" in capsys.readouterr().err
   (tmp_path / "made" / "teacher").mkdir()
-  assert table.main([str(plan), f"--out={out}", "--only=one, taught"]) == 0
+  assert table.main([str(plan), f"--out={out}", "--only=one", "--only=taught"]) == 0
   given = (out / "small" / "taught-1" / "calls").read_text()
   assert f"--config.teacher.checkpoint={out / 'small' / 'one-1' / 'teacher'}" in given
   assert not (out / "small" / "last-0").exists()

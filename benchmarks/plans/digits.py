@@ -5,6 +5,12 @@ from cpsc_jax.methods import METHODS
 
 PAIR, BASE = "Digits, WRN-16-1 -> WRN-10-1", "cpsc"
 SEEDS = (20, 21, 22, 23, 24)
+RGAL = (  # the published command and code; `rgal_cifar10:digits` is the paper's form
+  "loss.triplet.synthesis_of=student",
+  "loss.triplet.synthesis_from=2",
+  "loss.triplet.swapped=False",
+  "loss.triplet.student_features=pooled",
+)
 
 
 def row(name: str, *flags: str, config: str = "digits") -> Row:
@@ -18,6 +24,8 @@ ROWS = (
   row("cpsc, nothing inherited", "student.inherit=False"),
   row("cpsc, nothing inherited, untrained generator", "student.inherit=False", "arm=untrained_generator"),
   *(row(method, config=f"{method}_cifar10:digits") for method in METHODS if method != "cpsc"),
+  row("rgal as its command runs it", *RGAL, config="rgal_cifar10:digits"),
+  row("fast with Reptile", "episodes.form=reptile", config="fast_cifar10:digits"),
   row("cpsc in bfloat16", "precision=bfloat16"),
   row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
   row("cpsc + average of the generator", "generator.ema=0.95"),
