@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -176,27 +177,35 @@ def timeline(workdir: pathlib.Path) -> dict[int, float]:
   return seconds
 
 
+def curve(workdir: pathlib.Path) -> np.ndarray | None:
+  """(3, epochs) of a finished run, at its measured epochs: minutes, images that its student has seen, accuracy."""
+  if not (workdir / "results.json").exists():
+    return None
+  results = json.loads((workdir / "results.json").read_text())
+  history = json.loads((workdir / "history.json").read_text())["student"]
+  measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
+  resting = waiting_epochs(ConfigDict(results["config"]))
+  each = results["samples"]["student"] / (len(history) - resting)
+  epochs = [entry["epoch"] for entry in measured]
+  minutes, images = [seconds[e] / 60 for e in epochs], [max(e - resting, 0) * each for e in epochs]
+  return np.array([minutes, images, [entry["accuracy"] for entry in measured]])
+
+
 def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
-  """Accuracy of every finished run against minutes of its training and against the images its student saw, as a PNG."""
+  """Accuracy of every row against minutes of training and against the images its student saw, as a PNG.
+
+  A row is the mean of its finished seeds.
+  """
   colours = colormaps["tab10" if len(plan.rows) <= 10 else "tab20"].colors
   figure = Figure(figsize=(13, 4.6), layout="constrained")
   by_time, by_images = figure.subplots(1, 2, sharey=True)
-  drawn: set[str] = set()
   for number, row in enumerate(plan.rows):
-    for seed in row.seeds:
-      workdir = folder(out, plan, row, seed)
-      if not (workdir / "results.json").exists():
-        continue
-      results = json.loads((workdir / "results.json").read_text())
-      history = json.loads((workdir / "history.json").read_text())["student"]
-      measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
-      resting = waiting_epochs(ConfigDict(results["config"]))
-      each = results["samples"]["student"] / (len(history) - resting) / 1000
-      accuracy = [entry["accuracy"] for entry in measured]
-      style = {"label": None if row.name in drawn else row.name, "color": colours[number % len(colours)], "lw": 1.2}
-      drawn.add(row.name)
-      by_time.plot([seconds[entry["epoch"]] / 60 for entry in measured], accuracy, **style)
-      by_images.plot([max(entry["epoch"] - resting, 0) * each for entry in measured], accuracy, **style)
+    style = {"label": row.name, "color": colours[number % len(colours)], "lw": 1.2}
+    curves = [curve(folder(out, plan, row, seed)) for seed in row.seeds]
+    if curves := [found for found in curves if found is not None]:
+      minutes, images, accuracy = np.mean(curves, axis=0)
+      by_time.plot(minutes, accuracy, **style)
+      by_images.plot(images / 1000, accuracy, **style)
   by_time.set(xlabel="minutes of training", ylabel="accuracy", title=plan.pair)
   by_images.set(xlabel="images that the student has seen, thousands")
   for axis in (by_time, by_images):
