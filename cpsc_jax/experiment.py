@@ -11,7 +11,6 @@ import numpy as np
 from cpsc_jax import datasets, initial, methods, nets, optim
 from cpsc_jax.config import EMBEDDINGS, Config, read_embedding, waiting_epochs
 from cpsc_jax.datasets import Dataset
-from cpsc_jax.errors import Refusal
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Noise, Player, Setup
@@ -77,7 +76,7 @@ def initial_state(
   "teacher" it has its classifier. A generator that starts from an embedding of the classes is given it.
 
   Raises:
-    Refusal: there are no layers of the same name and shape; a net has no classifier that can be found.
+    Refusal: a net has no classifier that can be found.
   """
   with working("drawing the initial weights"):
     state = initial.state(setup, key, image_shape)
@@ -92,12 +91,9 @@ def initial_state(
 
 def _with_inherited(state: State, teacher: Tree) -> State:
   variables, taken = nets.inherited(state.student.variables, teacher)
-  if not taken:
-    raise Refusal(
-      "config.student.inherit is True, but student and teacher have no layer of the same name and shape; set it to"
-      " False or choose nets of one family and width."
-    )
-  say(f"{taken:,} of the student's {nets.count_parameters(variables['params']):,} parameters start as the teacher's")
+  number = f"{taken:,} of the student's {nets.count_parameters(variables['params']):,} parameters"
+  why = "" if taken else ": the two nets have no layer of the same name and shape"
+  say(f"{number} start as the teacher's{why}")
   # An epoch consumes its state, which must not have the teacher's own arrays.
   return state.replace(student=state.student.replace(**jax.tree.map(jnp.copy, variables)))
 

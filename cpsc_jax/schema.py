@@ -467,9 +467,8 @@ def check(flat: Mapping[str, Any]) -> None:
   known = keys_of(method) if isinstance(method, str) else KEYS
   for name, key in known.items():
     if name not in flat:
-      raise Refusal(
-        f"the config has no key '{name}'; start from default.get_config() of cpsc_jax.configs and change what differs."
-      )
+      start = "default.get_config() of cpsc_jax.configs" if name in KEYS else f"configs/{method}_cifar10.py"
+      raise Refusal(f"the config has no key '{name}'; start from {start} and change what differs.")
     if wrong := why_not(key, flat[name]):
       raise Refusal(f"config.{name} is {shown(flat[name])}; it must be {wrong}.")
   for name, value in flat.items():

@@ -146,7 +146,7 @@ def test_has_statistics():
 
 def test_teachers_that_are_not_known_are_refused(tmp_path, digits_dir, capsys, monkeypatch):
   card = {"net": "small", "num_classes": 10, "image_size": 8, "channels": 1, "mean": [0.3]}
-  with pytest.raises(Refusal, match="must have std"):
+  with pytest.raises(Refusal, match="lacks std"):
     checkpoint.save_net(tmp_path / "t", {"params": {}}, card)
   checkpoint.save_net(tmp_path / "t", {"params": {}}, {**card, "std": [0.4]})
   argv = command(tmp_path / "w", digits_dir, f"--config.teacher.checkpoint={tmp_path / 't'}")[1:]

@@ -92,12 +92,6 @@ def method(parts: Parts) -> Method:
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses settings of pool, bank and contrast that do not fit each other."""
   inversion.check(config, mesh)
-  if "views" not in config.loss:
-    raise Refusal("method 'cmi' has keys of its own, which this config lacks; start from configs/cmi_cifar10.py.")
-  if config.loss.views.features not in FEATURES:
-    raise Refusal(
-      f"config.loss.views.features is '{config.loss.views.features}'; it must be one of {', '.join(FEATURES)}."
-    )
   inversion.check_multiple("config.pool.bank", config.pool.bank, config.pool.batch_size)
   if config.loss.views.negatives > config.pool.bank:
     raise Refusal(

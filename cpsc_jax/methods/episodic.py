@@ -96,11 +96,6 @@ def moments(layers: Tree) -> dict[str, dict[str, jax.Array]]:
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses settings of the episodes that do not fit."""
   inversion.check(config, mesh)
-  if "episodes" not in config:
-    raise Refusal(
-      f"method '{config.method}' has keys of its own, which this config lacks; start from"
-      f" configs/{config.method}_cifar10.py."
-    )
   c, iterations = config.episodes, config.schedule.iterations
   if c.warmup >= config.schedule.epochs * iterations:
     raise Refusal(
