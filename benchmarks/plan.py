@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from cpsc_jax.config import as_published
+from cpsc_jax.config import settled
 from cpsc_jax.errors import RESUME, Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.record import differences, write_whole
@@ -132,11 +132,8 @@ def carry_out(
       raise Refusal(f"row '{row.name}' takes its teachers from '{row.teacher}'; run that row first, seed {seed}.")
     given.append(f"--config.teacher.checkpoint={teacher}")
   if (workdir / "config.json").exists():
-    config, saved = parse(["cpsc-jax", *given, *flags])[0], json.loads((workdir / "config.json").read_text())
-    if config.reference:
-      as_published(config)
-    if config.precision == "auto":  # saved as what the devices made of it
-      config.precision = saved["precision"]
+    saved = json.loads((workdir / "config.json").read_text())
+    config = settled(parse(["cpsc-jax", *given, *flags])[0], saved["precision"])
     if differ := differences(workdir, config, saved):
       raise Refusal(f"{workdir} was run with another {', '.join(differ)}; delete it or rename the row.")
   workdir.parent.mkdir(parents=True, exist_ok=True)

@@ -56,15 +56,21 @@ def resolve(
   Raises:
     Refusal: names the key and how to mend it.
   """
-  config = ml_collections.ConfigDict(config.to_dict())
-  if config.reference and config.method == "cpsc":
-    as_published(config)
-  if config.precision == "auto":
-    config.precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+  config = settled(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
   for check in CHECKS:
     check(config, spec, mesh)
   check_terms(config, spec, mesh, teacher or nets.classifier(config.teacher.net, spec.num_classes))
   return ml_collections.FrozenConfigDict(config)
+
+
+def settled(config: Config, precision: str) -> ml_collections.ConfigDict:
+  """A copy with `reference` carried out, and `precision` in place of "auto"."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.reference and config.method == "cpsc":
+    as_published(config)
+  if config.precision == "auto":
+    config.precision = precision
+  return config
 
 
 def check_values(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -153,11 +159,11 @@ def read_embedding(path: str, num_classes: int) -> np.ndarray:
 def check_memory(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   """Refuses what cannot fit by the images alone, which is far less than a run needs; --dry-run measures that."""
   pixels, keeps = spec.image_size**2 * spec.channels, bool(config.pool.replay_share)
-  inverts = getattr(methods.METHODS[config.method], "INVERTS", False)
+  inverting = inverts(config)
   needed = {
     "schedule.batch_size": 3 * 4 * config.schedule.batch_size * pixels,  # images, views and their gradient
-    "pool.batch_size": 3 * 4 * config.pool.batch_size * pixels if inverts else 0,
-    "pool.size": config.pool.size * pixels * (1 if config.pool.dtype == "uint8" else 4) if inverts or keeps else 0,
+    "pool.batch_size": 3 * 4 * config.pool.batch_size * pixels if inverting else 0,
+    "pool.size": config.pool.size * pixels * (1 if config.pool.dtype == "uint8" else 4) if inverting or keeps else 0,
     "evaluate.samples_per_class": 4 * config.evaluate.samples_per_class * spec.num_classes * pixels * mesh.size,
     "evaluate.batch_size": 4 * config.evaluate.batch_size * pixels,
   }
@@ -274,6 +280,11 @@ CHECKS = (
   check_augmentation,
   check_splits,
 )
+
+
+def inverts(config: Config) -> bool:
+  """Whether the config's method fits a new generator in every iteration."""
+  return getattr(methods.METHODS[config.method], "INVERTS", False)
 
 
 def waiting_epochs(config: Config) -> int:

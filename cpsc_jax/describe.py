@@ -71,15 +71,14 @@ def page() -> str:
     "can be set on the command line, such as `--config.student.lr=0.05`; `cpsc-jax --config digits --help` prints this",
     "list with the values of that config. Keys of one method alone are in the configs of that method.",
   ]
-  owners = {name: method for method, own in schema.KEYS_OF.items() for name in own}
   every = schema.KEYS | {name: key for own in schema.KEYS_OF.values() for name, key in own.items()}
   for section, title in schema.SECTIONS.items():
     lines += ["", f"## {section or 'config'}", "", f"{title[0].upper()}{title[1:]}.", ""]
     lines += ["| key | default | may be | meaning |", "|---|---|---|---|"]
     for name, key in every.items():
       if schema.section_of(name) == section:
-        both = [method for method, own in schema.KEYS_OF.items() if name in own]
-        only = f" (`{'`, `'.join(both)}` only)" if name in owners else ""
+        owners = [f"`{method}`" for method, own in schema.KEYS_OF.items() if name in own]
+        only = f" ({', '.join(owners)} only)" if owners else ""
         cells = (f"`{name}`", f"`{key.default!r}`", schema.kind_of(key), key.meaning + only)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
   return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import datasets, initial, methods, nets, optim
-from cpsc_jax.config import EMBEDDINGS, Config, read_embedding, waiting_epochs
+from cpsc_jax.config import EMBEDDINGS, Config, inverts, read_embedding, waiting_epochs
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
@@ -166,11 +166,6 @@ def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, boo
     stages = nets.output_shapes(teacher, spec.image_shape).stages
     student = nets.StageProjections(student, tuple(stage.shape[-1] for stage in stages))
   return student, ours != theirs
-
-
-def inverts(config: Config) -> bool:
-  """Whether the config's method fits a new generator in every iteration."""
-  return getattr(methods.METHODS[config.method], "INVERTS", False)
 
 
 def compute_dtype(config: Config) -> jnp.dtype | None:

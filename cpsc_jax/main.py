@@ -184,10 +184,8 @@ def load(file: pathlib.Path, variant: str | None) -> ml_collections.ConfigDict:
   except Exception as error:  # a config is a program of the user's own and may raise anything
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     place = f"{file}, line {lines[-1]}" if lines else str(file)
-    if key := re.match(r"[\"']*Key \"(\w+)\" does not exist", str(error)):
-      raise Refusal(
-        f"{place}: the config has no key '{key[1]}'; docs/config.md and --help explain all keys."
-      ) from error
+    if isinstance(error, AttributeError | KeyError) and "does not exist" in str(error):
+      raise Refusal(f"{place}: {missing_key(str(error), [])}; docs/config.md and --help explain all keys.") from error
     raise Refusal(f"{place}: {type(error).__name__}: {last_line(error)}; mend it.") from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise Refusal(f"get_config of {file} returns {type(config).__name__}, which is no ml_collections.ConfigDict.")
@@ -218,7 +216,8 @@ def ready_names() -> str:
 
 def missing_key(message: str, argv: Sequence[str]) -> str:
   """ml_collections' message about a key that a config does not have, in words."""
-  key = (re.search(r"lookup: ([\w.]+)", message) or re.search(r"'(\w+)", message) or [message, message])[1]
+  forms = r"lookup: ([\w.]+)", r'Key "(\w+)"', r"'(\w+)"
+  key = next((found[1] for form in forms if (found := re.search(form, message))), message)
   overrides = (flag.split("=")[0].lstrip("-").removeprefix("config.") for flag in argv)
   full = next((path for path in overrides if path == key or key in path.split(".")), key)
   similar = re.search(r'Did you mean "(\w+)"', message)
