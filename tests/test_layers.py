@@ -11,8 +11,10 @@ from jax import lax
 from parity import assert_close
 
 from cpsc_jax import nets
-from cpsc_jax.nets.convolution import conv_general_dilated
-from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, observe_batch_norm, unit, upsample
+from cpsc_jax.nets import onednn
+from cpsc_jax.nets.batch_norm import batch_norm, moments
+from cpsc_jax.nets.convolution import after_upsampling, conv_general_dilated, transposed, upsample
+from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, observe_batch_norm, unit
 
 NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -47,6 +49,37 @@ def test_convolution_is_native_off_the_cpu(platform):
   text = jax.jit(jax.grad(loss, (0, 1))).trace(params, x).lower(lowering_platforms=(platform,)).as_text()
   assert text.count("stablehlo.convolution(") == 3
   assert "dot_general" not in text
+
+
+@pytest.mark.parametrize("backend", ["oneDNN", "spelled out", "native"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4), (8, 8)])
+def test_convolution_after_upsampling_and_transposed(height, width, backend, monkeypatch):
+  """Values and both gradients: of the upsampled image itself, and of Flax's transposed convolution."""
+  if backend == "oneDNN" and not onednn.version():
+    pytest.skip("oneDNN is not installed")
+  if backend != "oneDNN":
+    monkeypatch.setattr(onednn, "usable", lambda *arrays: False)
+  if backend == "native":
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (3, height, width, 5))
+
+  def of(function, w):
+    def value(x, w):
+      return jnp.sum(jnp.square(function(x, w)))
+
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(value, (0, 1)))(x, w))
+
+  w, pads = jax.random.normal(keys[1], (3, 3, 5, 6)) / 5, ((1, 1), (1, 1))
+  naive = of(lambda x, w: lax.conv_general_dilated(upsample(x), w, (1, 1), pads, dimension_numbers=NHWC), w)
+  for a, b in zip(of(lambda x, w: after_upsampling(x, w, (1, 1), pads), w), naive, strict=True):
+    assert_close(a, b, 1e-5)
+
+  w = jax.random.normal(keys[2], (4, 4, 5, 6)) / 5
+  layer = nn.ConvTranspose(6, (4, 4), (2, 2), padding=((2, 2), (2, 2)), use_bias=False)
+  theirs = of(lambda x, w: layer.apply({"params": {"kernel": w}}, x), w)
+  for a, b in zip(of(lambda x, w: transposed(x, w, (2, 2), pads), w), theirs, strict=True):
+    assert_close(a, b, 1e-5)
 
 
 def test_unusual_convolutions_pass_through():
@@ -94,6 +127,56 @@ def test_categorical_batch_norm_is_its_formula():
   n = 6 * 3 * 2
   assert_close(stats["mean"], 0.1 * mean, 1e-6)
   assert_close(stats["var"], 0.9 + 0.1 * var * n / (n - 1), 1e-6)
+
+
+def two_passes(x, scale, bias):
+  """Batch norm as it is defined, for JAX to differentiate."""
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  var = jnp.mean(jnp.square(x - mean), axes)
+  return (x - mean) / jnp.sqrt(var + 1e-3) * scale + bias, mean, var
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 2, 4), (7, 5)])
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "a scale for each sample"])
+def test_one_pass_and_its_gradients_are_those_of_two(shape, each):
+  with jax.enable_x64(True):
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = 2 * jax.random.normal(keys[0], shape) + 3
+    affine = (shape[0],) + (1,) * (len(shape) - 2) + shape[-1:] if each else shape[-1:]
+    scale, bias = jax.random.normal(keys[1], affine), jax.random.normal(keys[2], affine)
+    weights = jax.random.normal(keys[3], shape), *jax.random.normal(keys[4], (2, shape[-1]))
+    near = jax.random.normal(keys[5], shape[-1:])
+
+    def of(norm):
+      def value(*inputs):
+        return sum(jnp.sum(w * jnp.sin(out)) for w, out in zip(weights, norm(*inputs), strict=True))
+
+      return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(x, scale, bias)
+
+    ours, theirs = of(lambda *inputs: batch_norm(*inputs, near, 1e-3)), of(two_passes)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      assert_close(a, b, 1e-12)
+
+
+def test_moments_far_from_zero_are_exact_with_a_point_nearby():
+  x = np.random.default_rng(0).normal(1000, 0.5, (64, 8, 8, 3)).astype(np.float32)
+  mean, var = moments(jnp.asarray(x), jnp.full(3, 999.0))
+  assert_close(mean, np.mean(x, (0, 1, 2), np.float64), 1e-6)
+  assert_close(var, np.var(x, (0, 1, 2), np.float64), 1e-4)
+
+
+def test_batch_norm_reads_its_input_twice_and_sums_twice():
+  """What a step costs in memory and in messages: two sums forward, two backward, whoever differentiates."""
+  layer = BatchNorm()
+  x = jnp.ones((4, 3, 3, 5), jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x, True)
+
+  def loss(params, x):
+    return jnp.sum(jnp.sin(nets.forward(layer, {**variables, "params": params}, x, train=True)[0].astype(jnp.float32)))
+
+  text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables["params"], x))
+  assert text.count("reduce_sum[axes=(0, 1, 2)") == 4
 
 
 def test_observing_sees_flax_batch_norm_too():

@@ -10,10 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from cpsc_jax.nets.convolution import SAVED
-from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, Dtype, conv, linear, torch_uniform, upsample
+from cpsc_jax.nets.convolution import after_upsampling, conv_general_dilated, transposed
+from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, Dtype, conv, linear, torch_uniform
 from cpsc_jax.state import Tree
 
 SLOPE = 0.2
@@ -107,10 +106,10 @@ class CifarGenerator(nn.Module):
     def cbn(x, name, affine=True):
       return self.form.norm(self.num_classes, 1e-3, name, affine)(x, labels, train)
 
-    def conv3x3(features, fan_in, name):
+    def conv3x3(features, fan_in, name, form=conv_general_dilated):
       init = torch_uniform(9 * fan_in)
       kernel, bias = (_normal(), nn.initializers.zeros) if self.form.init == "normal" else (init, init)
-      return conv(features, use_bias=True, dtype=self.dtype, init=kernel, bias_init=bias, name=name)
+      return conv(features, use_bias=True, dtype=self.dtype, init=kernel, bias_init=bias, name=name, form=form)
 
     side, wide, narrow = self.image_size // 4, 2 * self.width, self.width
     if self.form.init == "normal":
@@ -118,8 +117,8 @@ class CifarGenerator(nn.Module):
     else:
       project = linear(wide * side * side, z.shape[-1], dtype=self.dtype, name="project")
     x = cbn(project(z).reshape(-1, side, side, wide), "cbn0")
-    x = nn.leaky_relu(cbn(conv3x3(wide, wide, "conv1")(upsample(x)), "cbn1"), SLOPE)
-    x = nn.leaky_relu(cbn(conv3x3(narrow, wide, "conv2")(upsample(x)), "cbn2"), SLOPE)
+    x = nn.leaky_relu(cbn(conv3x3(wide, wide, "conv1", after_upsampling)(x), "cbn1"), SLOPE)
+    x = nn.leaky_relu(cbn(conv3x3(narrow, wide, "conv2", after_upsampling)(x), "cbn2"), SLOPE)
     x = conv3x3(self.channels, narrow, "conv3")(x)
     if self.form.output == "sigmoid":
       return self.form.pixels(x)
@@ -154,18 +153,9 @@ class DCGANGenerator(nn.Module):
     x = nn.Dense(wide * side * side, dtype=self.dtype, kernel_init=normal, name="project")(z)
     x = cbn(x.reshape(-1, side, side, wide), 1e-3, "cbn0")
     for index, multiple in enumerate((4, 2, 1, 1), start=1):
-      # Padding 2 around the dilated input is PyTorch's padding 1 of a 4x4 transposed convolution.
-      x = nn.ConvTranspose(
-        multiple * self.width,
-        (4, 4),
-        (2, 2),
-        padding=((2, 2), (2, 2)),
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=normal,
-        name=f"conv{index}",
-      )(x)
-      x = nn.leaky_relu(cbn(checkpoint_name(x, SAVED), 0.8, f"cbn{index}"), SLOPE)
+      options = {"padding": 1, "init": normal, "dtype": self.dtype, "name": f"conv{index}", "form": transposed}
+      x = conv(multiple * self.width, 4, 2, **options)(x)
+      x = nn.leaky_relu(cbn(x, 0.8, f"cbn{index}"), SLOPE)
     x = conv(self.channels, use_bias=True, dtype=self.dtype, init=normal, name="conv5")(x)
     if self.form.output == "sigmoid":
       return self.form.pixels(x)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cpsc_jax.nets.batch_norm import batch_norm, moments
 from cpsc_jax.nets.convolution import conv_general_dilated
 from cpsc_jax.state import Output
 
@@ -24,19 +25,24 @@ def conv(
   init: nn.initializers.Initializer | None = None,
   bias_init: nn.initializers.Initializer = nn.initializers.zeros,
   groups: int = 1,
+  padding: int | None = None,
+  form: Callable[..., jax.Array] = conv_general_dilated,
 ) -> nn.Conv:
-  """k x k convolution with PyTorch's symmetric padding k // 2 (not 'SAME', which differs at stride 2)."""
+  """k x k convolution with PyTorch's symmetric padding, k // 2 by default (not 'SAME', which differs at stride 2).
+
+  `form` is one of the functions of cpsc_jax.nets.convolution.
+  """
   return nn.Conv(
     features,
     (kernel, kernel),
     (stride, stride),
-    padding=kernel // 2,
+    padding=kernel // 2 if padding is None else padding,
     use_bias=use_bias,
     dtype=dtype,
     kernel_init=init or nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
     bias_init=bias_init,
     feature_group_count=groups,
-    conv_general_dilated=conv_general_dilated,
+    conv_general_dilated=form,
     name=name,
   )
 
@@ -56,33 +62,24 @@ def linear(features: int, fan_in: int, dtype: Dtype = None, name: str | None = N
   return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and biased variance over all axes but the last, in at least float32: two (K,)."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  axes = tuple(range(x.ndim - 1))
-  mean = jnp.mean(x, axes)
-  return mean, jnp.mean(jnp.square(x - mean), axes)
-
-
 class _Normalise(nn.Module):
   """Batch statistics in training, running statistics otherwise; PyTorch's update, with the unbiased variance."""
 
   epsilon: float = 1e-5
   momentum: float = 0.1
 
-  def normalise(self, x, train):
+  def normalise(self, x, scale, bias, train):
     shape = (x.shape[-1],)
-    stat_dtype = jnp.promote_types(x.dtype, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
     if not train:
-      return (x - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon)
-    mean, var = moments(x)
+      return (x - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon) * scale + bias
+    y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon)
     if self.is_mutable_collection("batch_stats") and not self.is_initializing():
       n = x.size // x.shape[-1]
       running_mean.value = self.blend(running_mean.value, mean)
       running_var.value = self.blend(running_var.value, var * (n / max(n - 1, 1)))
-    return (x.astype(stat_dtype) - mean) * jax.lax.rsqrt(var + self.epsilon)
+    return y
 
   def blend(self, old, new):
     return (1 - self.momentum) * old + self.momentum * new
@@ -98,7 +95,7 @@ class BatchNorm(_Normalise):
     shape = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, shape)
     bias = self.param("bias", nn.initializers.zeros, shape)
-    return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
+    return self.normalise(x, scale, bias, train).astype(self.dtype or x.dtype)
 
 
 class CategoricalBatchNorm(_Normalise):
@@ -122,7 +119,7 @@ class CategoricalBatchNorm(_Normalise):
     table = (self.num_classes, x.shape[-1])
     spread = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
     if not self.affine:
-      return self.normalise(x, train).astype(self.dtype or x.dtype)
+      return self.normalise(x, jnp.ones(table[1:]), jnp.zeros(table[1:]), train).astype(self.dtype or x.dtype)
     scale, bias = self.param("scale", self.scale_init, table), self.param("bias", nn.initializers.zeros, table)
     if labels_N.ndim == 2:
       scale, bias = labels_N @ scale, labels_N @ bias
@@ -130,7 +127,7 @@ class CategoricalBatchNorm(_Normalise):
       labels_N = labels_N if self.num_classes > 1 else jnp.zeros_like(labels_N)
       scale, bias = scale[labels_N], bias[labels_N]
     scale, bias = scale.reshape(spread), bias.reshape(spread)
-    return (self.normalise(x, train) * scale + bias).astype(self.dtype or x.dtype)
+    return self.normalise(x, scale, bias, train).astype(self.dtype or x.dtype)
 
 
 class FeatureHead(nn.Module):
@@ -197,13 +194,6 @@ def classify(features_ND: jax.Array, stages: Sequence[jax.Array], num_classes: i
   return Output(logits, unit(features_ND), tuple(stages), pooled=wide)
 
 
-def upsample(x: jax.Array, factor: int = 2) -> jax.Array:
-  """Nearest-neighbour upsampling of (N, H, W, K) by `factor` in both directions."""
-  n, h, w, k = x.shape
-  x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, factor, w, factor, k))
-  return x.reshape(n, h * factor, w * factor, k)
-
-
 def max_pool(x: jax.Array) -> jax.Array:
   """2x2 max-pooling of stride 2."""
   return nn.max_pool(x, (2, 2), (2, 2))
@@ -221,7 +211,7 @@ def observe_batch_norm(call: Callable[[], Any]) -> tuple[Any, dict[tuple[str, ..
   def watch(next_call, args, kwargs, context):
     if isinstance(context.module, BatchNorm | nn.BatchNorm) and context.method_name == "__call__":
       x = args[0]
-      mean, var = moments(x)
+      mean, var = moments(x, context.module.get_variable("batch_stats", "mean", 0.0))
       seen[context.module.path] = {"mean": mean, "var": var, "samples": jnp.mean(x, tuple(range(1, x.ndim - 1)))}
     return next_call(*args, **kwargs)
 
