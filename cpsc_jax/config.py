@@ -40,6 +40,7 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   config.student.inherit, config.pool.replay_share, config.generator.ema = False, 0.0, 0.0
   config.student.classifier, config.generator.between_share = "own", 0.0
   config.loss.update({"kl_classes": "sum", "kd_standardise": False})
+  config.schedule.lr_batch_size = 0
   config.teacher.schedule = "cosine_per_epoch"
   config.evaluate.headline = "best"
 

@@ -12,21 +12,35 @@ from cpsc_jax import nets
 from cpsc_jax.state import Tree
 
 
+def rate_factor(config: ml_collections.ConfigDict, optimiser: str) -> float:
+  """What learning rates are multiplied by for a batch of another size than they were chosen for.
+
+  In proportion to the batch for "sgd" (Goyal et al., arXiv 1706.02677, section 2.1); for optimisers of Adam's kind by
+  the square root of that (Malladi et al., NeurIPS 2022, section 5).
+  """
+  if not config.schedule.lr_batch_size:
+    return 1.0
+  ratio = config.schedule.batch_size / config.schedule.lr_batch_size
+  return ratio if optimiser == "sgd" else ratio**0.5
+
+
 def generator_optimiser(
   config: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int | None = None
 ) -> optax.GradientTransformation:
   """Adam with the config's schedule over `epochs` (of the run, or one for a generator that starts anew so often).
 
+  Such a generator, whose batch is another, has the config's learning rate whatever `rate_factor` is.
   `restarted_adam` is the published code's: rebuilt at every step, it has no moments, and its schedule never acts.
   """
-  c, epochs = config.generator, epochs or config.schedule.horizon or config.schedule.epochs
+  c, highest = config.generator, config.generator.lr * (1.0 if epochs else rate_factor(config, "adam"))
+  epochs = epochs or config.schedule.horizon or config.schedule.epochs
   restarted = c.optimiser == "restarted_adam"
   if restarted:
-    lr = c.lr
+    lr = highest
   elif c.schedule == "cosine":
-    lr = warmup_cosine(c.lr, 0, epochs * steps_per_epoch)
+    lr = warmup_cosine(highest, 0, epochs * steps_per_epoch)
   else:
-    lr = per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps_per_epoch)
+    lr = per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps_per_epoch)
   adam = clipped(optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8), c.clip)
   return restart_every_step(adam) if restarted else adam
 
@@ -57,7 +71,7 @@ def student_optimiser(
   A feature head that is `frozen` and the layer at `kept_layer` stay as they are, untouched by weight decay too.
   """
   epochs = (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
-  tx = optimiser(config.student, steps_per_epoch, epochs)
+  tx = optimiser(config.student, steps_per_epoch, epochs, rate_factor(config, config.student.optimiser))
   head_is_kept = config.student.head == "frozen"
   if not (head_is_kept or kept_layer):
     return tx
@@ -71,14 +85,19 @@ def student_optimiser(
   return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
 
 
-def optimiser(c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
-  """What a section of the config (teacher or student) asks for: its optimiser, with its schedule over `epochs`."""
-  steps = steps_per_epoch
+def optimiser(
+  c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int, factor: float = 1.0
+) -> optax.GradientTransformation:
+  """What a section of the config (teacher or student) asks for: its optimiser, with its schedule over `epochs`.
+
+  Its learning rates are multiplied by `factor`.
+  """
+  steps, highest = steps_per_epoch, factor * c.lr
   lr = {
-    "cosine": lambda: warmup_cosine(c.lr, c.warmup_epochs * steps, epochs * steps, c.lr_end),
-    "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(c.lr, epochs), steps),
-    "published_steps": lambda: per_epoch(published_student_lr(c.lr, epochs), steps),
-    "steps": lambda: per_epoch(milestones(c.lr, epochs, c.milestones, c.decay), steps),
+    "cosine": lambda: warmup_cosine(highest, c.warmup_epochs * steps, epochs * steps, factor * c.lr_end),
+    "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(highest, epochs), steps),
+    "published_steps": lambda: per_epoch(published_student_lr(highest, epochs), steps),
+    "steps": lambda: per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps),
   }[c.schedule]()
   mask = None if c.decay_norms else matrices
   tx = {

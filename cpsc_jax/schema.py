@@ -238,6 +238,12 @@ SCHEDULE = {
   ),
   "iterations": Key(50, "per epoch", COUNT),
   "batch_size": Key(512, "of both players, over all devices together", SIZE),
+  "lr_batch_size": Key(
+    0,
+    "the batch size that generator.lr and student.lr were chosen for; at another batch_size Adam's rate is multiplied"
+    " by the square root of their ratio and SGD's by the ratio; 0: never",
+    Range(0, 2**20),
+  ),
 }
 LOSS = {
   "ikd_form": Key("mse", 'or "log" (the published code\'s CIFAR-10 branch), for generator and student', ("mse", "log")),

@@ -84,6 +84,24 @@ def test_adam_with_decay_and_clipping_equals_pytorch(clip):
     np.testing.assert_allclose(params["w"], theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_learning_rates_follow_the_batch(optimiser):
+  """A quarter of a batch of 1,024: SGD's rate in proportion, Adam's by the square root."""
+  params, grads = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+
+  def first_updates(batch_size, lr_batch_size):
+    c = default.get_config()
+    c.student.optimiser, c.student.warmup_epochs = optimiser, 0
+    c.schedule.batch_size, c.schedule.lr_batch_size = batch_size, lr_batch_size
+    chains = optim.student_optimiser(c, 5), optim.generator_optimiser(c, 5), optim.generator_optimiser(c, 5, 1)
+    return [float(tx.update(grads, tx.init(params), params)[0]["w"][0]) for tx in chains]
+
+  plain = first_updates(1024, 0)
+  assert first_updates(256, 256) == plain and first_updates(256, 0) == plain
+  factors = np.divide(first_updates(1024, 256), plain)
+  np.testing.assert_allclose(factors, [4 if optimiser == "sgd" else 2, 2, 1], rtol=1e-6)
+
+
 def test_a_cosine_may_end_above_zero():
   rate = optim.warmup_cosine(0.2, 0, 100, 2e-4)
   assert float(rate(0)) == pytest.approx(0.2) and float(rate(100)) == pytest.approx(2e-4)
