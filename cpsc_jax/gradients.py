@@ -85,7 +85,8 @@ def take(
 
     if loss_scale is None:
       grads, aux = jax.grad(of_params, has_aux=True)(params)
-      return Gradients(grads, aux, None, None)
+      # Without it, Adam's two uses of a bfloat16 gradient each get an all-reduce of their own (XLA's for TPUs).
+      return Gradients(jax.lax.optimization_barrier(grads), aux, None, None)
     scale, finite, (_, aux), grads = loss_scale.value_and_grad(of_params, has_aux=True)(params)
     return Gradients(grads, aux, scale, finite)
 
