@@ -1,4 +1,4 @@
-"""benchmarks/speed.py measures two sides that compute the same; benchmarks/gpu.py finds what is wrong on a device."""
+"""The benchmarks measure what they say: speed.py two sides that compute the same, busy.py a device, gpu.py its faults."""
 
 import json
 import sys
@@ -35,3 +35,19 @@ def test_the_first_call_on_a_gpu_goes_through_on_a_cpu(tmp_path):
   assert (
     gpu.main([f"--out={tmp_path / 'late.json'}", "--toy", "--budget=0s"]) == 0 and not (tmp_path / "late.json").exists()
   )
+
+
+def test_busy_time_is_the_union_of_what_overlaps():
+  busy = pytest.importorskip("benchmarks.busy")
+  assert busy.union([(4, 5), (0, 2), (1, 3), (1.5, 2.5), (5, 6)]) == 5
+  assert busy.union([]) == 0
+
+
+@pytest.mark.slow
+def test_the_share_in_which_the_device_computes(digits_dir, tmp_path, capsys):
+  busy = pytest.importorskip("benchmarks.busy")
+  flags = ("--config=digits", f"--config.dataset.data_dir={digits_dir}", f"--workdir={tmp_path}")
+  short = ("--config.teacher.epochs=1", "--config.schedule.epochs=5", "--config.schedule.iterations=4")
+  assert 0.2 < busy.measure([*flags, *short], 2) <= 1.01
+  with pytest.raises(SystemExit, match="no 9 epochs to distil"):
+    busy.measure([*flags, *short, "--config.seed=1", f"--workdir={tmp_path / 'other'}"], 6)
