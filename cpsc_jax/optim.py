@@ -12,16 +12,14 @@ from cpsc_jax import nets
 from cpsc_jax.state import Tree
 
 
-def rate_factor(config: ml_collections.ConfigDict, optimiser: str) -> float:
-  """What learning rates are multiplied by for a batch of another size than they were chosen for.
+def rate_factor(config: ml_collections.ConfigDict) -> float:
+  """What learning rates are multiplied by for a batch of another size than they were chosen for: the root of the ratio.
 
-  In proportion to the batch for "sgd" (Goyal et al., arXiv 1706.02677, section 2.1); for optimisers of Adam's kind by
-  the square root of that (Malladi et al., NeurIPS 2022, section 5).
+  For SGD after Hoffer et al., NeurIPS 2017, section 4; for Adam after Malladi et al., NeurIPS 2022, section 5. In
+  proportion to the batch, as Goyal et al. (arXiv 1706.02677) scale SGD, students diverged here (docs/scaling.md).
   """
-  if not config.schedule.lr_batch_size:
-    return 1.0
-  ratio = config.schedule.batch_size / config.schedule.lr_batch_size
-  return ratio if optimiser == "sgd" else ratio**0.5
+  chosen_for = config.schedule.lr_batch_size
+  return (config.schedule.batch_size / chosen_for) ** 0.5 if chosen_for else 1.0
 
 
 def generator_optimiser(
@@ -32,7 +30,7 @@ def generator_optimiser(
   Such a generator, whose batch is another, has the config's learning rate whatever `rate_factor` is.
   `restarted_adam` is the published code's: rebuilt at every step, it has no moments, and its schedule never acts.
   """
-  c, highest = config.generator, config.generator.lr * (1.0 if epochs else rate_factor(config, "adam"))
+  c, highest = config.generator, config.generator.lr * (1.0 if epochs else rate_factor(config))
   epochs = epochs or config.schedule.horizon or config.schedule.epochs
   restarted = c.optimiser == "restarted_adam"
   if restarted:
@@ -71,7 +69,7 @@ def student_optimiser(
   A feature head that is `frozen` and the layer at `kept_layer` stay as they are, untouched by weight decay too.
   """
   epochs = (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
-  tx = optimiser(config.student, steps_per_epoch, epochs, rate_factor(config, config.student.optimiser))
+  tx = optimiser(config.student, steps_per_epoch, epochs, rate_factor(config))
   head_is_kept = config.student.head == "frozen"
   if not (head_is_kept or kept_layer):
     return tx

@@ -240,8 +240,8 @@ SCHEDULE = {
   "batch_size": Key(512, "of both players, over all devices together", SIZE),
   "lr_batch_size": Key(
     0,
-    "the batch size that generator.lr and student.lr were chosen for; at another batch_size Adam's rate is multiplied"
-    " by the square root of their ratio and SGD's by the ratio; 0: never",
+    "the batch size that generator.lr and student.lr were chosen for; at another batch_size they are multiplied by"
+    " the square root of the ratio; 0: never",
     Range(0, 2**20),
   ),
 }

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: speed.py two sides that compute the same, busy.py a device, gpu.py its faults."""
+"""speed.py measures two sides that compute the same, busy.py what a device does, gpu.py what is wrong on one."""
 
 import json
 import sys

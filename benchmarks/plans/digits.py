@@ -13,6 +13,11 @@ RGAL = (  # the published command and code; `rgal_cifar10:digits` is the paper's
 )
 
 
+BATCH_256 = ("schedule.batch_size=256", "schedule.iterations=10")  # as many images as with 64
+BATCH_512 = ("schedule.batch_size=512", "schedule.iterations=5")
+SCALED = "schedule.lr_batch_size=64"
+
+
 def row(name: str, *flags: str, config: str = "digits") -> Row:
   return Row(name, config, tuple(f"--config.{flag}" for flag in flags), SEEDS, teacher="cpsc")
 
@@ -27,6 +32,10 @@ ROWS = (
   row("rgal as its command runs it", *RGAL, config="rgal_cifar10:digits"),
   row("fast with Reptile", "episodes.form=reptile", config="fast_cifar10:digits"),
   row("cpsc in bfloat16", "precision=bfloat16"),
+  row("cpsc, batch 256", *BATCH_256),
+  row("cpsc, batch 256, rates scaled", *BATCH_256, SCALED),
+  row("cpsc, batch 512", *BATCH_512),
+  row("cpsc, batch 512, rates scaled", *BATCH_512, SCALED),
   row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
   row("cpsc + average of the generator", "generator.ema=0.95"),
   row("cpsc + between classes 0.25", "generator.between_share=0.25"),
