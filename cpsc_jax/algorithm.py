@@ -119,7 +119,8 @@ def generator_loss(setup: Setup, teacher: Tree, state: State) -> Callable[..., t
     t = nets.forward_observed(setup.teacher, teacher, x)
     variables = {"params": state.student.params, "batch_stats": stats["student"]}
     train, dropout = setup.student_trains_in_generator_steps, streams.key(key, Stream.DROPOUT)
-    s, student_stats = nets.forward(student.net, variables, x, train=train, key=dropout)
+    options = {"train": train, "key": dropout, "norm_parts": student.norm_parts}
+    s, student_stats = nets.forward(student.net, variables, x, **options)
     trained = {name: part for name, part in params.items() if name != "generator"}
     view = View(y, t, s, images, streams.key(key, Stream.TERMS), trained, state.memory, teach)
     losses = weighted_sum(method.generator_terms, state.hyper.generator.terms, view)
@@ -152,7 +153,8 @@ def student_loss(setup: Setup, weights: Weights) -> Callable[..., tuple[jax.Arra
   def loss(params: Tree, stats: Tree, batch: Batch, t: Output | None, key: jax.Array) -> tuple[jax.Array, Aux]:
     dropout = streams.key(key, Stream.DROPOUT)
     variables = {"params": params, "batch_stats": stats}
-    s, stats = nets.forward(setup.student.net, variables, batch.images, train=True, key=dropout)
+    options = {"train": True, "key": dropout, "norm_parts": setup.student.norm_parts}
+    s, stats = nets.forward(setup.student.net, variables, batch.images, **options)
     view = View(batch.labels, t, s, key=streams.key(key, Stream.TERMS), targets=batch.targets)
     losses = weighted_sum(setup.method.student_terms, weights.terms, view)
     return losses.total, Aux(losses, stats, {"student": s})

@@ -40,7 +40,7 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   config.student.inherit, config.pool.replay_share, config.generator.ema = False, 0.0, 0.0
   config.student.classifier, config.generator.between_share = "own", 0.0
   config.loss.update({"kl_classes": "sum", "kd_standardise": False})
-  config.schedule.lr_batch_size = 0
+  config.schedule.lr_batch_size, config.student.norm_parts = 0, 1
   config.teacher.schedule = "cosine_per_epoch"
   config.evaluate.headline = "best"
 
@@ -123,6 +123,19 @@ def check_batches(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> Non
       raise Refusal(
         f"config.{player}.micro_batches is {parts}, which does not divide a batch of {batch_size} over {mesh.size}"
         " devices evenly; choose a divisor."
+      )
+
+
+def check_norm_parts(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  parts, made = config.student.norm_parts, config.pool.batch_size if inverts(config) else config.schedule.batch_size
+  batches = [("schedule.batch_size", config.schedule.batch_size // config.student.micro_batches)]
+  if config.generator.student_mode == "train":
+    batches.append(("generator's batch", made // config.generator.micro_batches))
+  for what, size in batches:
+    if size % parts:
+      raise Refusal(
+        f"config.student.norm_parts is {parts}, which does not divide the {size} images that the student sees at a time"
+        f" ({what}); choose a divisor."
       )
 
 
@@ -274,6 +287,7 @@ CHECKS = (
   check_schedule,
   check_nets,
   check_batches,
+  check_norm_parts,
   check_memory,
   check_method,
   check_warmup,

@@ -54,6 +54,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
       augment=augment,
       loss_scaling=scales_loss(config),
       init=config.student.init,
+      norm_parts=config.student.norm_parts,
     ),
     method=method,
     mesh=mesh,

@@ -208,9 +208,8 @@ def supervised_contrast(
   that rows of any length stay finite.
   """
   n, v, d = views_NVD.shape
-  rows = jnp.swapaxes(views_NVD, 0, 1).reshape(v * n, d)
-  identity = jnp.arange(n) if labels_N is None else labels_N
-  identity = jnp.tile(identity, v)
+  rows = views_NVD.reshape(n * v, d)  # in this order the split of the batch over devices is that of the rows too
+  identity = jnp.repeat(jnp.arange(n) if labels_N is None else labels_N, v)
   self_pair = jnp.eye(v * n, dtype=bool)
   similarity = rows @ rows.T / temperature
   log_p = similarity - jax.nn.logsumexp(jnp.where(self_pair, -jnp.inf, similarity), axis=1, keepdims=True)

@@ -115,6 +115,12 @@ STUDENT = {
   "init": Key(
     "kaiming", 'of convolutions (He et al., fan out); "torch": PyTorch\'s default, uniform', ("kaiming", "torch")
   ),
+  "norm_parts": Key(
+    1,
+    "parts of a batch of which the net's batch norms take statistics one by one; with as many as devices, or a"
+    " multiple, none travel between them. Flax's own nn.BatchNorm takes the whole batch",
+    SIZE,
+  ),
   "inherit": Key(False, "whether layers start as the teacher's of the same name and shape, if there are any"),
   "classifier": Key(
     "own",

@@ -145,6 +145,7 @@ class Player:
       generator's images; None for neither.
     loss_scaling: whether its loss is scaled dynamically (float16).
     init: what `nets.init` calls the way in which convolutions start.
+    norm_parts: of a batch, of which its batch norms take statistics one by one (`nets.forward`).
   """
 
   net: Any
@@ -154,6 +155,7 @@ class Player:
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   loss_scaling: bool = False
   init: str = "kaiming"
+  norm_parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,6 +159,33 @@ def test_one_pass_and_its_gradients_are_those_of_two(shape, each):
       assert_close(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "a scale for each sample"])
+def test_norms_in_parts_are_those_of_each_part(each):
+  layer = CategoricalBatchNorm(num_classes=3) if each else BatchNorm()
+  x, labels = 2 * jax.random.normal(jax.random.key(0), (6, 3, 2, 4)) + 1, jnp.array([0, 2, 1, 1, 0, 2])
+  variables = layer.init(jax.random.key(1), x, *[labels] * each, True)
+  table = variables["params"]["scale"].shape
+  scale, bias = jax.random.normal(jax.random.key(2), (2, *table))
+  variables = {**variables, "params": {"scale": scale, "bias": bias}}
+
+  def of(parts, x, labels):
+    def value(params, x):
+      y, stats = nets.forward(layer, {**variables, "params": params}, x, *labels, train=True, norm_parts=parts)
+      return jnp.sum(jnp.sin(y)), (y, stats)
+
+    (_, aux), grads = jax.value_and_grad(value, (0, 1), has_aux=True)(variables["params"], x)
+    return *aux, *grads
+
+  y, stats, of_params, of_x = of(2, x, [labels] * each)
+  halves = [of(1, x[rows], [labels[rows]] * each) for rows in (slice(0, 3), slice(3, 6))]
+  assert_close(y, jnp.concatenate([half[0] for half in halves]), 1e-6)
+  assert_close(of_x, jnp.concatenate([half[3] for half in halves]), 1e-5)
+  for name in ("mean", "var"):
+    assert_close(stats[name], (halves[0][1][name] + halves[1][1][name]) / 2, 1e-6)
+  for name in ("scale", "bias"):
+    assert_close(of_params[name], halves[0][2][name] + halves[1][2][name], 1e-5)
+
+
 def test_moments_far_from_zero_are_exact_with_a_point_nearby():
   x = np.random.default_rng(0).normal(1000, 0.5, (64, 8, 8, 3)).astype(np.float32)
   mean, var = moments(jnp.asarray(x), jnp.full(3, 999.0))

@@ -20,6 +20,7 @@ from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
 from cpsc_jax.nets.adapted import Adapted, adapt
+from cpsc_jax.nets.batch_norm import in_parts
 from cpsc_jax.nets.generators import (
   PLAIN,
   CifarGenerator,
@@ -126,17 +127,23 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 
 
 def forward(
-  net: nn.Module, variables: Tree, *inputs: jax.Array, train: bool, key: jax.Array | None = None
+  net: nn.Module,
+  variables: Tree,
+  *inputs: jax.Array,
+  train: bool,
+  key: jax.Array | None = None,
+  norm_parts: int = 1,
 ) -> tuple[Any, Tree]:
   """Applies a net and returns (its output, its batch statistics afterwards).
 
   In training mode the batch's own statistics normalise and the running ones move; in evaluation mode nothing moves.
-  `key` is the net's random stream "dropout"; nets without dropout need none.
+  `key` is the net's random stream "dropout"; nets without dropout need none. `norm_parts` is `batch_norm.in_parts`.
   """
   rngs = None if key is None else {"dropout": key}
   if not train:
     return net.apply(variables, *inputs, train=False, rngs=rngs), variables.get("batch_stats", {})
-  output, moved = net.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"])
+  with in_parts(norm_parts):
+    output, moved = net.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"])
   return output, moved.get("batch_stats", {})
 
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax.nets.batch_norm import batch_norm, moments
+from cpsc_jax.nets import batch_norm
+from cpsc_jax.nets.batch_norm import moments
 from cpsc_jax.nets.convolution import conv_general_dilated
 from cpsc_jax.state import Output
 
@@ -74,11 +75,10 @@ class _Normalise(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
     if not train:
       return (x - running_mean.value) * jax.lax.rsqrt(running_var.value + self.epsilon) * scale + bias
-    y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon)
+    y, mean, var = batch_norm.normalise(x, scale, bias, running_mean.value, self.epsilon)
     if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-      n = x.size // x.shape[-1]
       running_mean.value = self.blend(running_mean.value, mean)
-      running_var.value = self.blend(running_var.value, var * (n / max(n - 1, 1)))
+      running_var.value = self.blend(running_var.value, var)
     return y
 
   def blend(self, old, new):
