@@ -36,6 +36,7 @@ ROWS = (
   row("cpsc, batch 256, rates scaled", *BATCH_256, SCALED),
   row("cpsc, batch 512", *BATCH_512),
   row("cpsc, batch 512, rates scaled", *BATCH_512, SCALED),
+  row("cpsc, norms in 8 parts", "student.norm_parts=8"),
   row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
   row("cpsc + average of the generator", "generator.ema=0.95"),
   row("cpsc + between classes 0.25", "generator.between_share=0.25"),
