@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cpsc_jax.nets import onednn
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+FEW_PIXELS = 16  # up to which a product over patches is the fastest weight gradient (benchmarks/convolution.py)
 SAVED = "convolution"  # the name of every convolution's output, for policies of rematerialisation
 
 
@@ -122,7 +123,7 @@ def _input_gradient(dy, w, shape, strides, padding, precision):
   """By x of this shape, from dy (N, H', W', O)."""
 
   def on_cpu(dy, w):
-    if not _tiny(shape, strides) and onednn.usable(dy, w):
+    if not _tiny(shape, (1, 1)) and onednn.usable(dy, w):
       return onednn.input_gradient(dy, w, shape, strides, padding)
     spaced = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
     edge = [
@@ -143,7 +144,7 @@ def _weight_gradient(x, dy, shape, strides, padding, precision):
   """By w of this shape."""
 
   def on_cpu(x, dy):
-    if not _tiny(x.shape, strides) and onednn.usable(x, dy):
+    if dy.shape[1] * dy.shape[2] > FEW_PIXELS and onednn.usable(x, dy):
       return onednn.weight_gradient(x, dy, shape, strides, padding)
     rows = _patches(x, shape, strides, padding).reshape(-1, shape[0] * shape[1] * shape[2])
     return (rows.T @ dy.reshape(-1, shape[3])).reshape(shape)
@@ -221,7 +222,9 @@ def _ways_to_upsample(precision):
     return _transposed(x, _sums_of_taps(w), (2, 2), one, precision)
 
   def on_cpu(x, w):
-    return as_transposed(x, w) if onednn.usable(x, w) else _conv(upsample(x), w, (1, 1), one, precision)
+    if not _tiny(x.shape, (1, 1)) and onednn.usable(x, w):
+      return as_transposed(x, w)
+    return _conv(upsample(x), w, (1, 1), one, precision)
 
   return on_cpu, as_transposed
 
