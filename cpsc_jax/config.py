@@ -313,8 +313,14 @@ def dump(config: Config) -> str:
 
 
 def differences(config: Config, saved: dict) -> list[str]:
-  """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count."""
+  """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count.
+
+  A key that the dump lacks, of a program that did not know it yet, counts as its default: what was done without it.
+  """
   ours, theirs = dict(flatten(json.loads(dump(config)))), dict(flatten(saved))
+  known = json.loads(json.dumps({name: key.default for name, key in schema.keys_of(config.method).items()}))
   return sorted(
-    k for k in ours.keys() | theirs.keys() if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, ...)
+    k
+    for k in ours.keys() | theirs.keys()
+    if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, known.get(k, ...))
   )

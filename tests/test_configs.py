@@ -489,6 +489,18 @@ def test_differences_name_the_keys():
   assert configs.differences(config, saved) == ["seed", "student.lr"]
 
 
+def test_a_key_that_a_saved_config_does_not_know_is_its_default():
+  """Runs of a version before the key go on where nothing has changed."""
+  config = changed(student__norm_parts=2)
+  saved = json.loads(configs.dump(resolve(config)))
+  del saved["student"]["norm_parts"], saved["generator"]["milestones"]  # a tuple, in JSON a list
+  assert configs.differences(resolve(config), saved) == ["generator.milestones", "student.norm_parts"]
+  config.student.norm_parts, config.generator.milestones = 1, default.get_config().generator.milestones
+  assert configs.differences(resolve(config), saved) == []
+  saved["unknown"] = 1
+  assert configs.differences(resolve(config), saved) == ["unknown"]
+
+
 @pytest.mark.parametrize("optimiser", [optim.student_optimiser, optim.generator_optimiser])
 def test_a_run_with_a_horizon_is_the_start_of_a_longer_one(optimiser):
   config = digits.get_config()
