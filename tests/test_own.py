@@ -131,7 +131,8 @@ def test_moments_of_flax_batch_norm():
   kernel = variables["params"]["conv"]
   seen = nn.Conv(8, (3, 3)).apply({"params": kernel}, x)
   np.testing.assert_allclose(statistics.seen["norm",]["mean"], jnp.mean(seen, (0, 1, 2)), rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(statistics.seen["norm",]["var"], jnp.var(seen, (0, 1, 2)), rtol=1e-5)
+  # The running mean, around which squares are summed, lies some four standard deviations away here.
+  np.testing.assert_allclose(statistics.seen["norm",]["var"], jnp.var(seen, (0, 1, 2)), rtol=1e-4)
   np.testing.assert_allclose(statistics.stored["norm",]["mean"], 2.0)
   bare = Small(3, batch_norm=False)
   output = nets.forward_observed(bare, {"params": nets.init(bare, jax.random.key(0), x)["params"]}, x)
