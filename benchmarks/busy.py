@@ -18,7 +18,7 @@ import jax
 
 from cpsc_jax import algorithm, main
 
-FIRST = 2  # epochs left out, of which one compiles and the other is the first to be measured
+FIRST = 2  # epochs left out: the first call compiles
 CPU_EVENT = "ThunkExecutor::Execute"
 
 
@@ -86,6 +86,8 @@ def measure(flags: Sequence[str], epochs: int) -> float:
       code = main.main(["busy", *flags])
     finally:
       algorithm.compile_epoch = compile_epoch
+      if made and made[-1].began and not made[-1].seconds:
+        jax.profiler.stop_trace()
     if code or not made or not made[-1].seconds:
       raise SystemExit(code or f"the run has no {FIRST + epochs + 1} epochs to distil; choose fewer with --epochs.")
     return union(intervals(pathlib.Path(folder))) / made[-1].seconds

@@ -489,6 +489,14 @@ def test_differences_name_the_keys():
   assert configs.differences(config, saved) == ["seed", "student.lr"]
 
 
+def test_parts_of_a_batch_must_divide_what_the_student_sees():
+  assert resolve(changed(student__norm_parts=8)).student.norm_parts == 8
+  with pytest.raises(Refusal, match="config.student.norm_parts is 3, which does not divide the 64 images"):
+    resolve(changed(student__norm_parts=3))
+  with pytest.raises(Refusal, match="norm_parts is 64, which does not divide the 32 images .*schedule.batch_size"):
+    resolve(changed(student__norm_parts=64, student__micro_batches=2))
+
+
 def test_a_key_that_a_saved_config_does_not_know_is_its_default():
   """Runs of a version before the key go on where nothing has changed."""
   config = changed(student__norm_parts=2)

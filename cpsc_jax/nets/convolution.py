@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cpsc_jax.nets import onednn
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-FEW_PIXELS = 16  # up to which a product over patches is the fastest weight gradient (benchmarks/convolution.py)
+FEW_PIXELS = 16  # up to which a product over patches is the fastest weight gradient (docs/performance.md)
 SAVED = "convolution"  # the name of every convolution's output, for policies of rematerialisation
 
 
