@@ -18,7 +18,7 @@ import optax
 from jax.lax import stop_gradient
 from jax.sharding import Sharding
 
-from cpsc_jax.state import Statistics
+from cpsc_jax.state import Statistics, at_least_float32
 
 BASE_TEMPERATURE = 0.07
 
@@ -122,7 +122,7 @@ def attention(teacher_stages: Sequence[jax.Array], student_stages: Sequence[jax.
   """
 
   def attention_map(stage):
-    return _unit(jnp.mean(jnp.square(_wide(stage)), axis=-1).reshape(stage.shape[0], -1))
+    return _unit(jnp.mean(jnp.square(at_least_float32(stage)), axis=-1).reshape(stage.shape[0], -1))
 
   def of_stage(teacher_stage, student_stage):
     difference = stop_gradient(attention_map(teacher_stage)) - attention_map(student_stage)
@@ -384,14 +384,9 @@ def bn_statistics(statistics: Statistics | None) -> jax.Array:
   return jnp.asarray(total)
 
 
-def _wide(x):
-  """In at least float32, whatever precision the net computed in."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def spatial_mean(stage: jax.Array) -> jax.Array:
   """Maps (N, H, W, K) or tokens (N, T, K) -> (N, K)."""
-  return jnp.mean(_wide(stage), axis=tuple(range(1, stage.ndim - 1)))
+  return jnp.mean(at_least_float32(stage), axis=tuple(range(1, stage.ndim - 1)))
 
 
 def _unit(rows_ND):

@@ -186,3 +186,8 @@ class View:
 
 def step_counter() -> jax.Array:
   return jnp.zeros((), jnp.int32)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """The same numbers in float32 if they have fewer bits, whatever precision a net computed in."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

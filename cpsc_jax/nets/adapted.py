@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets.layers import unit
-from cpsc_jax.state import Output
+from cpsc_jax.state import Output, at_least_float32
 
 MEND = "make it end in a flax.linen.Dense on features (N, D), or return a cpsc_jax.Output"
 
@@ -43,8 +43,8 @@ class Adapted(nn.Module):
     if not called or called[-1][1].shape != logits.shape or called[-1][0].ndim != 2:
       raise Refusal(f"the features of {_name(self.wrapped_module)} cannot be found: {MEND}.")
     features, _ = called[-1]
-    wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = at_least_float32(features)
+    logits = at_least_float32(logits)
     return Output(logits, unit(features), (), pooled=wide)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from cpsc_jax.state import at_least_float32
+
 _parts = contextvars.ContextVar("parts", default=1)
 
 
@@ -20,7 +22,7 @@ def moments(x: jax.Array, near: jax.Array | float = 0.0) -> tuple[jax.Array, jax
   The variance is E[(x - near)^2] - (E[x] - near)^2, whose relative error grows with the square of the distance, in
   standard deviations, between the mean and `near`: a running mean keeps it at round-off.
   """
-  away = wide(x) - jax.lax.stop_gradient(near)
+  away = at_least_float32(x) - jax.lax.stop_gradient(near)
   axes = tuple(range(x.ndim - 1))
   mean, square = jnp.mean(away, axes), jnp.mean(jnp.square(away), axes)
   return mean + jax.lax.stop_gradient(near), jnp.maximum(square - jnp.square(mean), 0.0)
@@ -43,7 +45,7 @@ def batch_norm(
 def _forward(x, scale, bias, near, epsilon):
   mean, var = moments(x, near)
   inverse = jax.lax.rsqrt(var + epsilon)
-  y = (wide(x) - mean) * (inverse * scale) + bias
+  y = (at_least_float32(x) - mean) * (inverse * scale) + bias
   return (y, mean, var), (x, scale, mean, inverse)
 
 
@@ -51,7 +53,7 @@ def _backward(kept, cotangents):
   """With u = x - mean: dx = scale dy / std - mean(scale dy) / std - u mean(scale dy u) / std^3, for dy alone."""
   (x, scale, mean, inverse), (dy, dmean, dvar) = kept, cotangents
   n, batch = x.size // x.shape[-1], tuple(range(x.ndim - 1))
-  over, u = batch if scale.ndim == 1 else batch[1:], wide(x) - mean
+  over, u = batch if scale.ndim == 1 else batch[1:], at_least_float32(x) - mean
   dbias, along = (jnp.sum(part, over, keepdims=scale.ndim > 1) for part in (dy, dy * u))
   level, slope = (part if scale.ndim == 1 else jnp.sum(part, batch) for part in (scale * dbias, scale * along))
   level = (dmean - inverse * level) / n
@@ -95,8 +97,3 @@ def normalise(
     y, mean, var = y.reshape(x.shape), jnp.mean(mean, 0), jnp.mean(var, 0)
   n = x.size // x.shape[-1] // parts
   return y, mean, var * (n / max(n - 1, 1))
-
-
-def wide(x: jax.Array) -> jax.Array:
-  """In at least float32."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""A convolution whose gradients are as fast inside compiled loops on CPUs as outside.
+"""Convolutions, plain, transposed and after upsampling, as fast inside compiled loops on CPUs as outside.
 
 XLA's CPU backend turns the gradients of a convolution into forms that it runs 10 to 30 times slower within a loop body
 (jax-ml/jax#12868), and here a whole epoch is a loop. On CPUs convolutions are therefore those of oneDNN where it is

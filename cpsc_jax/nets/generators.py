@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from cpsc_jax.nets.convolution import after_upsampling, conv_general_dilated, transposed
 from cpsc_jax.nets.layers import BatchNorm, CategoricalBatchNorm, Dtype, conv, linear, torch_uniform
-from cpsc_jax.state import Tree
+from cpsc_jax.state import Tree, at_least_float32
 
 SLOPE = 0.2
 
@@ -51,7 +51,7 @@ class Form:
 
   def pixels(self, x: jax.Array) -> jax.Array:
     """What a sigmoid makes of the last layer's output, normalised, in at least float32."""
-    x = nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    x = nn.sigmoid(at_least_float32(x))
     return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
 
 
@@ -123,7 +123,7 @@ class CifarGenerator(nn.Module):
     if self.form.output == "sigmoid":
       return self.form.pixels(x)
     x = nn.tanh(x)
-    return cbn(x.astype(jnp.promote_types(x.dtype, jnp.float32)), "cbn3", affine=self.num_classes > 1)
+    return cbn(at_least_float32(x), "cbn3", affine=self.num_classes > 1)
 
 
 class DCGANGenerator(nn.Module):
@@ -159,7 +159,7 @@ class DCGANGenerator(nn.Module):
     x = conv(self.channels, use_bias=True, dtype=self.dtype, init=normal, name="conv5")(x)
     if self.form.output == "sigmoid":
       return self.form.pixels(x)
-    return nn.tanh(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return nn.tanh(at_least_float32(x))
 
 
 class Pixels(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cpsc_jax.nets import batch_norm
 from cpsc_jax.nets.batch_norm import moments
 from cpsc_jax.nets.convolution import conv_general_dilated
-from cpsc_jax.state import Output
+from cpsc_jax.state import Output, at_least_float32
 
 Dtype = Any  # what jnp.dtype takes; None computes in the precision of inputs and parameters
 HEAD = ("head_0", "head_2")  # the layers of `FeatureHead`, numbered as in PyTorch
@@ -174,7 +174,7 @@ class StageProjections(nn.Module):
 
 def unit(features_ND: jax.Array) -> jax.Array:
   """Rows scaled to unit L2 norm; rows shorter than 1e-12 are divided by 1e-12, as PyTorch does."""
-  x = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
+  x = at_least_float32(features_ND)
   squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
 
@@ -189,7 +189,7 @@ def classify(features_ND: jax.Array, stages: Sequence[jax.Array], num_classes: i
 
   Called inside a module's compact scope.
   """
-  wide = features_ND.astype(jnp.promote_types(features_ND.dtype, jnp.float32))
+  wide = at_least_float32(features_ND)
   logits = linear(num_classes, wide.shape[-1], name=name)(wide)
   return Output(logits, unit(features_ND), tuple(stages), pooled=wide)
 
