@@ -41,6 +41,13 @@ class Row:
   def slug(self) -> str:
     return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
+  def given(self, seed: int) -> list[str]:
+    """The flags of a run that belong to the plan; what differs between machines is not among them."""
+    return [f"--config={self.config}", f"--config.seed={seed}", *self.flags]
+
+  def command(self, seed: int) -> str:
+    return shlex.join(["cpsc-jax", *self.given(seed)])
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -121,8 +128,8 @@ def carry_out(
       row's teacher is not there.
   """
   workdir = folder(out, plan, row, seed).absolute()
-  given = [f"--config={row.config}", f"--config.seed={seed}", *row.flags]
-  about = {"command": shlex.join(["cpsc-jax", *given]), "commit": commit()}
+  given = row.given(seed)
+  about = {"command": row.command(seed), "commit": commit()}
   origin = workdir.with_suffix(".origin.json")
   if origin.exists() and (known := json.loads(origin.read_text())["command"]) != about["command"]:
     raise Refusal(f"{workdir} was begun as '{known}', not as '{about['command']}'; delete it or rename the row.")

@@ -13,7 +13,8 @@ of the cores.
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
 of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
 shows accuracy against time and against images, all rows in one picture. A row is written from results.json of finished
-runs alone.
+runs alone. Of a run that is not in OUT, what the .json file has of the same command stays; delete it there, or run it
+again here, to be rid of it.
 """
 
 import argparse
@@ -54,19 +55,27 @@ KEPT = (
 )  # of results.json
 
 
-def finished(out: pathlib.Path, plan: Plan) -> dict[str, list[dict]]:
-  """{row: [what is kept of a finished run, with its command and commit, ...]}, of the plan's seeds alone."""
+def finished(out: pathlib.Path, plan: Plan, recorded: Mapping[str, list[dict]] | None = None) -> dict[str, list[dict]]:
+  """{row: [what is kept of a finished run, with its command, commit and curve, ...]}, of the plan's seeds alone.
+
+  `recorded` is what this returned of the plan before: it stands in for runs of the same command that are not in `out`.
+  """
+  elsewhere = {run["command"]: run for runs in (recorded or {}).values() for run in runs}
   found = {}
   for row in plan.rows:
-    found[row.name] = []
-    for seed in row.seeds:
-      workdir = folder(out, plan, row, seed)
-      if (workdir / "results.json").exists():
-        results = json.loads((workdir / "results.json").read_text())
-        origin = json.loads(workdir.with_suffix(".origin.json").read_text())
-        results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
-        found[row.name].append({key: results[key] for key in KEPT} | origin)
+    runs = [kept(folder(out, plan, row, seed)) or elsewhere.get(row.command(seed)) for seed in row.seeds]
+    found[row.name] = [run for run in runs if run]
   return found
+
+
+def kept(workdir: pathlib.Path) -> dict | None:
+  """What is kept of a finished run; None of any other folder."""
+  if not (workdir / "results.json").exists():
+    return None
+  results = json.loads((workdir / "results.json").read_text())
+  origin = json.loads(workdir.with_suffix(".origin.json").read_text())
+  results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
+  return {key: results[key] for key in KEPT} | origin | {"curve": curve(workdir, results)}
 
 
 def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
@@ -110,9 +119,10 @@ def _cells(runs: list[dict]) -> dict[str, str]:
 
 
 def _against(runs: list[dict], base: list[dict]) -> str:
-  """The mean difference in accuracy to the same seeds of the base row, and its standard error."""
-  known = {r["seed"]: r["student"]["last"]["accuracy"] for r in base}
-  both = [r["student"]["last"]["accuracy"] - known[r["seed"]] for r in runs if r["seed"] in known]
+  """The mean difference in accuracy to the base row with the same seed and teacher, and its standard error."""
+  known = {(r["seed"], r["teacher"].get("digest")): r["student"]["last"]["accuracy"] for r in base}
+  pairs = [((r["seed"], r["teacher"].get("digest")), r["student"]["last"]["accuracy"]) for r in runs]
+  both = [accuracy - known[pair] for pair, accuracy in pairs if pair in known]
   if not both:
     return ""
   error = f" ± {statistics.stdev(both) / len(both) ** 0.5:.4f}" if len(both) > 1 else ""
@@ -142,26 +152,27 @@ def _notes(plan: Plan, found: Mapping[str, list[dict]]) -> list[str]:
   return [*lines, *sorted(measured), "Seconds are the median of whole commands.", *compared]
 
 
-def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> None:
-  """OUT/PLAN.md and OUT/PLAN.json, and the same into FILE and its .json.
+def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str, list[dict]]:
+  """OUT/PLAN.md and OUT/PLAN.json, and the same into FILE and its .json; returns what they were written from.
 
   Raises:
     Refusal: FILE lacks the marks.
   """
-  found = finished(out, plan)
+  numbers = into.with_suffix(".json") if into else None
+  known = json.loads(numbers.read_text()) if numbers and numbers.exists() else {}
+  found = finished(out, plan, known.get(plan.name))
   text = table(plan, found)
   out.mkdir(parents=True, exist_ok=True)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
   write_whole(out / f"{plan.name}.json", (json.dumps(found, indent=2) + "\n").encode())
   picture = out / f"{plan.name}.png"
-  draw(out, plan, picture)
-  if not into:
-    return
-  put_between(into, (f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"), text)
-  write_whole(into.with_name(picture.name), picture.read_bytes())
-  numbers = into.with_suffix(".json")
-  known = json.loads(numbers.read_text()) if numbers.exists() else {}
-  write_whole(numbers, (json.dumps(known | {plan.name: found}, indent=2) + "\n").encode())
+  drawn = draw(plan, found, picture)
+  if into:
+    put_between(into, (f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"), text)
+    write_whole(numbers, (json.dumps(known | {plan.name: found}, indent=2) + "\n").encode())
+    if drawn:
+      write_whole(into.with_name(picture.name), picture.read_bytes())
+  return found
 
 
 def timeline(workdir: pathlib.Path) -> dict[int, float]:
@@ -177,42 +188,47 @@ def timeline(workdir: pathlib.Path) -> dict[int, float]:
   return seconds
 
 
-def curve(workdir: pathlib.Path) -> np.ndarray | None:
-  """(3, epochs) of a finished run, at its measured epochs: minutes, images that its student has seen, accuracy."""
-  if not (workdir / "results.json").exists():
-    return None
-  results = json.loads((workdir / "results.json").read_text())
+def curve(workdir: pathlib.Path, results: Mapping) -> dict[str, list[float]]:
+  """At the measured epochs of a finished run: minutes of training, images that its student has seen, accuracy."""
   history = json.loads((workdir / "history.json").read_text())["student"]
   measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
   resting = waiting_epochs(ConfigDict(results["config"]))
   each = results["samples"]["student"] / (len(history) - resting)
   epochs = [entry["epoch"] for entry in measured]
-  minutes, images = [seconds[e] / 60 for e in epochs], [max(e - resting, 0) * each for e in epochs]
-  return np.array([minutes, images, [entry["accuracy"] for entry in measured]])
+  return {
+    "minutes": [round(seconds[epoch] / 60, 3) for epoch in epochs],
+    "images": [round(max(epoch - resting, 0) * each) for epoch in epochs],
+    "accuracy": [entry["accuracy"] for entry in measured],
+  }
 
 
-def draw(out: pathlib.Path, plan: Plan, path: pathlib.Path) -> None:
+def draw(plan: Plan, found: Mapping[str, list[dict]], path: pathlib.Path) -> bool:
   """Accuracy of every row against minutes of training and against the images its student saw, as a PNG.
 
-  A row is the mean of its finished seeds.
+  A row is the mean of its finished seeds. Nothing is drawn, and False returned, if no run has its curve.
   """
-  colours = colormaps["tab10" if len(plan.rows) <= 10 else "tab20"].colors
+  colours = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]
   figure = Figure(figsize=(13, 4.6), layout="constrained")
   by_time, by_images = figure.subplots(1, 2, sharey=True)
   for number, row in enumerate(plan.rows):
-    style = {"label": row.name, "color": colours[number % len(colours)], "lw": 1.2}
-    curves = [curve(folder(out, plan, row, seed)) for seed in row.seeds]
-    if curves := [found for found in curves if found is not None]:
-      minutes, images, accuracy = np.mean(curves, axis=0)
+    line = ("-", "--", ":")[number // len(colours) % 3]
+    style = {"label": row.name, "color": colours[number % len(colours)], "ls": line, "lw": 1.2}
+    curves = [run["curve"] for run in found.get(row.name, []) if "curve" in run]
+    if curves:
+      minutes, images, accuracy = (
+        np.mean([of[axis] for of in curves], 0) for axis in ("minutes", "images", "accuracy")
+      )
       by_time.plot(minutes, accuracy, **style)
       by_images.plot(images / 1000, accuracy, **style)
   by_time.set(xlabel="minutes of training", ylabel="accuracy", title=plan.pair)
   by_images.set(xlabel="images that the student has seen, thousands")
   for axis in (by_time, by_images):
     axis.grid(alpha=0.3)
-  if by_time.lines:
-    figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+  if not by_time.lines:
+    return False
+  figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
   save_figure(figure, path, dpi=120)
+  return True
 
 
 def put_between(page: pathlib.Path, marks: tuple[str, str], text: str) -> None:
@@ -249,17 +265,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.only or [row.name for row in plan.rows]
     if unknown := [name for name in names if name not in {row.name for row in plan.rows}]:
       raise Refusal(f"no row '{unknown[0]}'; there are {', '.join(row.name for row in plan.rows)}.")
-    work(options, plan, [row for row in plan.rows if row.name in names], flags, until)
-    print(table(plan, finished(options.out, plan)))
+    print(table(plan, work(options, plan, [row for row in plan.rows if row.name in names], flags, until)))
     return 0
   except Refusal as refusal:
     print(f"benchmarks.table: {refusal}", file=sys.stderr)
     return 2
 
 
-def work(options: argparse.Namespace, plan: Plan, rows: Sequence[Row], flags: Sequence[str], until: float) -> None:
-  """Carries out what is not finished of `rows`, those that train teachers before those that are given them."""
-  write(options.out, plan, options.into)
+def work(
+  options: argparse.Namespace, plan: Plan, rows: Sequence[Row], flags: Sequence[str], until: float
+) -> dict[str, list[dict]]:
+  """Carries out what is not finished of `rows`, those that train teachers before those that are given them.
+
+  Returns what is finished of the whole plan, as `finished` does.
+  """
+  found = write(options.out, plan, options.into)
   cores = queue.Queue()
   for share in plans.shares(options.jobs):
     cores.put(share)
@@ -276,7 +296,8 @@ def work(options: argparse.Namespace, plan: Plan, rows: Sequence[Row], flags: Se
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
       for future in [pool.submit(one, *task) for task in tasks]:
         future.result()
-        write(options.out, plan, options.into)
+        found = write(options.out, plan, options.into)
+  return found
 
 
 if __name__ == "__main__":

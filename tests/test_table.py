@@ -122,6 +122,9 @@ def test_rows_are_compared_with_the_base_seed_by_seed():
   # differences 0.01 and 0.03: their mean, and their deviation 0.0141 over the root of 2
   assert "| 0.9500 | 0.0283 | +0.0200 ± 0.0100 |" in text and "| 0.900 (pool) |" in text
   assert "Teacher wrn_16_1: 0.9900 (seed 0), 0.9910 (seed 1), 0.9920 (seed 2); mean 0.9910." in text
+  for run in runs["other"]:
+    run["teacher"]["digest"] = "of another teacher"
+  assert "±" not in table.table(plans.Plan("p", "a pair", rows, base="base"), runs).split("| other |")[1].split("\n")[0]
   assert "| other | not measured |" in table.table(plans.Plan("p", "a pair", rows, base="base"), {"base": runs["base"]})
 
 
@@ -164,6 +167,27 @@ def test_a_plan_on_a_copy_elsewhere_goes_on(tmp_path, plan):
   (workdir / "origin.json").write_text(json.dumps({"teacher_digest": "a digest"}))
   first.rename(second)
   assert table.main([str(plan), f"--out={second}"]) == 0 and calls(second, "two_other-0") == 1
+
+
+def test_what_was_measured_elsewhere_stays(tmp_path, plan):
+  """Of the same command; a run in the folder takes its place, and none of another command counts."""
+  into = tmp_path / "page.md"
+  into.write_text("<!-- table small --><!-- /table small -->")
+  assert table.main([str(plan), f"--out={tmp_path / 'there'}", f"--into={into}"]) == 0
+  numbers = into.with_suffix(".json")
+  there = json.loads(numbers.read_text())
+  curve = there["small"]["one"][0]["curve"]
+  assert curve["images"] == [0, 667, 1333, 2000] and curve["accuracy"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+  there["small"]["one"][0]["student"]["last"]["accuracy"] = 0.7
+  numbers.write_text(json.dumps(there))
+  here = tmp_path / "here"
+  assert table.main([str(plan), f"--out={here}", f"--into={into}", "--only=two, other"]) == 0
+  assert json.loads(numbers.read_text())["small"]["one"] == there["small"]["one"] and calls(here, "one-0") == 0
+  assert "| one | 0, 1 | 0.7000, 0.9000 |" in into.read_text()
+  assert table.main([str(plan), f"--out={here}", f"--into={into}", "--only=one"]) == 0 and calls(here, "one-0") == 1
+  assert "| one | 0, 1 | 0.9000, 0.9000 |" in into.read_text()
+  plan.write_text(PLAN.replace("digits:smoke", "digits"))
+  assert table.finished(tmp_path / "none", plans.read(plan), there["small"]) == {"one": [], "two, other": []}
 
 
 def test_cores_are_divided_among_the_jobs():

@@ -1,4 +1,4 @@
-"""The digits: every method, control and option over five seeds, each with the same teachers."""
+"""The digits: every method and control over five seeds, each with the same teachers; digits_options.py has options."""
 
 from benchmarks.plan import Row
 from cpsc_jax.methods import METHODS
@@ -37,12 +37,4 @@ ROWS = (
   row("cpsc, batch 512", *BATCH_512),
   row("cpsc, batch 512, rates scaled", *BATCH_512, SCALED),
   row("cpsc, norms in 8 parts", "student.norm_parts=8"),
-  row("cpsc + replay 0.5", "pool.replay_share=0.5", "pool.dtype=uint8"),
-  row("cpsc + average of the generator", "generator.ema=0.95"),
-  row("cpsc + between classes 0.25", "generator.between_share=0.25"),
-  row("cpsc + distillation at T 4", "loss.kd_temperature=4"),
-  row("cpsc + standardised logits", "loss.kd_standardise=True"),
-  row("cpsc + the teacher's classifier", "student.classifier=teacher", "loss.student.features=1"),
-  row("cpsc + triplets", "loss.generator.triplet=0.1", "loss.student.triplet=0.1"),
-  row("fast + kept logits", "pool.logits=True", config="fast_cifar10:digits"),
 )
