@@ -1,0 +1,64 @@
+#!/bin/bash
+# benchmarks/gpu_campaign.sh FOLDER [--data DIR] [--from PARCEL] [--budget 9m] [--runs DIR] [--toy]
+#
+# One call of a campaign on a machine with a GPU; call it until it says that all rows are done. The first call on a
+# machine checks the package there (benchmarks/gpu.py); every call then carries out benchmarks/plans/gpu_cifar.py in
+# runs/gpu, or in DIR, until the budget, which a later call on the same machine resumes. FOLDER gets gpu.json, the table and a
+# parcel of at most 60 MiB, in files of at most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
+# Packages that the machine lacks are taken from ./wheels, if there is such a folder. --toy is a rehearsal on a CPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$1 budget=9m data= from= runs=runs/gpu toy=
+shift
+while [ $# -gt 0 ]; do
+  case $1 in
+    --data) data=$2; shift 2 ;;
+    --from) from=$2; shift 2 ;;
+    --budget) budget=$2; shift 2 ;;
+    --runs) runs=$2; shift 2 ;;
+    --toy) toy=--toy; shift ;;
+    *) echo "gpu_campaign.sh: no option $1; there are --data, --from, --budget, --runs and --toy" >&2; exit 2 ;;
+  esac
+done
+began=$SECONDS
+case $budget in
+  *[0-9]s) limit=${budget%s} ;;
+  *[0-9]m) limit=$((${budget%m} * 60)) ;;
+  *) echo "gpu_campaign.sh: --budget is '$budget'; expected a number and s or m, such as 9m" >&2; exit 2 ;;
+esac
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+if [ -d wheels ]; then
+  python3 -m pip install --quiet --no-index --find-links wheels --no-deps wheels/*.whl
+fi
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+log() { echo "[$((SECONDS - began)) s] $*"; }
+if [ -n "$from" ] && [ ! -d "$runs" ]; then
+  python3 -m benchmarks.parcel unpack "$from" "$runs"
+  log "unpacked $from"
+fi
+mkdir -p "$runs"
+if [ ! -f "$runs/gpu.json" ]; then
+  methods=()
+  if [ -n "$toy" ]; then methods=(--methods dafl); fi
+  # What is wrong is in gpu.json; the campaign goes on, so that a call is not lost.
+  python3 -m benchmarks.gpu --out "$runs/gpu.json" --budget "$((limit * 6 / 10))s" $toy "${methods[@]}" || log "gpu.json names what is wrong"
+  log "checked"
+fi
+flags=()
+if [ -n "$data" ]; then flags+=("--config.dataset.data_dir=$data"); fi
+plan=benchmarks/plans/gpu_cifar.py
+if [ -n "$toy" ]; then plan=benchmarks/plans/gpu_toy.py; fi
+left=$((limit - (SECONDS - began)))
+status=0
+if [ "$left" -gt 0 ]; then
+  python3 -m benchmarks.table "$plan" --out "$runs" --budget "${left}s" "${flags[@]}" || status=$?
+  log "table"
+fi
+cp "$runs"/*.json "$runs"/*.md "$out" 2>/dev/null || true
+python3 -m benchmarks.parcel pack "$runs" "$out"
+log "packed"
+if [ -f "$out/$(basename "$plan" .py).md" ] && ! grep -q 'not measured' "$out/$(basename "$plan" .py).md"; then
+  log "all rows are done"
+fi
+exit "$status"
