@@ -58,6 +58,7 @@ def groups(root: pathlib.Path) -> Iterator[list[pathlib.Path]]:
   """What is packed together or not at all, most needed first."""
   runs = sorted(path.parent for path in root.rglob("config.json"))
   done = {run: (run / "results.json").exists() for run in runs}
+  yield sorted(root.glob("*.json"))  # tables, and what is wrong on this machine
   for run in runs:
     yield [*(path for pattern in RECORDS for path in sorted(run.glob(pattern))), *run.parent.glob(f"{run.name}.*.json")]
   yield from ([run / "teacher"] for run in runs if (run / "teacher").exists())

@@ -29,6 +29,7 @@ def runs(tmp_path):
     write(root / "plan" / f"{name}.origin.json")
     write(root / "plan" / name / "events" / "e")
   write(root / "plan" / "done" / "results.json")
+  write(root / "gpu.json")
   for name in ("done", "distils"):
     write(root / "plan" / name / "teacher" / "a" / "b", 3000)
   write(root / "plan" / "done" / "student" / "b", 2000)
