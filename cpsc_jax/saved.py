@@ -1,8 +1,10 @@
-"""Finds and loads the nets that a run saved; `new_file` is for output files that are written whole or not at all."""
+"""Finds and loads the nets that a run saved; `new_files` is for output files that are written whole or not at all."""
 
 import contextlib
 import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -115,25 +117,35 @@ def class_names(card: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a scratch path beside `path`; it is renamed to `path` if the block succeeds and removed otherwise.
+def new_files(*paths: str | pathlib.Path) -> Iterator[list[pathlib.Path]]:
+  """Yields a path of the same name in a scratch folder for each of `paths`, which are in one folder.
+
+  If the block succeeds, all are moved to their places; else none is, and nothing is left.
 
   Raises:
-    Refusal: `path` exists already or cannot be written.
+    Refusal: one of the paths exists already or cannot be written.
   """
-  path = pathlib.Path(path)
-  scratch = path.with_name(f"partial.{path.name}")
+  wanted = [pathlib.Path(path) for path in paths]
+  folder = wanted[0].parent
   try:
-    if path.exists():
-      raise Refusal(f"{path} already exists; delete it or choose another --out.")
-    scratch.touch()
-    try:
-      yield scratch
-      scratch.rename(path)
-    finally:
-      scratch.unlink(missing_ok=True)
+    for path in wanted:
+      if os.path.lexists(path):
+        raise Refusal(f"{path} already exists; delete it or choose another --out.")
+    with tempfile.TemporaryDirectory(prefix=".cpsc_jax.", dir=folder, ignore_cleanup_errors=True) as scratch:
+      made = [pathlib.Path(scratch, path.name) for path in wanted]
+      made[0].touch()  # a name that cannot be written is refused before any work
+      yield made
+      moved = []
+      try:
+        for source, path in zip(made, wanted, strict=True):
+          source.rename(path)
+          moved.append(path)
+      except OSError:
+        for path in moved:
+          path.unlink()
+        raise
   except OSError as error:
-    raise Refusal(f"cannot write {path} ({error.strerror or error}); choose another --out.") from error
+    raise Refusal(f"cannot write {wanted[0]} ({error.strerror or error}); choose another --out.") from error
 
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
