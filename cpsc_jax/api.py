@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from cpsc_jax.run import run
 from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
+
+LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +93,16 @@ def distill(
   """Distils a teacher into a smaller student without the teacher's data.
 
   Args:
-    teacher: (module, variables) of a Flax module with __call__(x, train) that returns logits (N, C) or an `Output`; or
-      the folder of a saved teacher, which `cpsc-jax convert` makes of PyTorch weights.
+    teacher: (module, variables) of a Flax module with __call__(x) or __call__(x, train), that argument under any
+      customary name, that returns logits (N, C) or an `Output`; or the folder of a saved teacher, which `cpsc-jax
+      convert` makes of PyTorch weights.
     student: the name of a net, such as "wrn_16_1" (docs/teachers.md lists them), or a module of your own like the
       teacher's, which is then known by the name of its type.
     image_shape: (H, W, K) of the images, H = W.
     num_classes: classes of teacher and student.
-    mean, std: per channel, of pixels in [0, 1]; the teacher's input is (x - mean) / std.
-    test: (images (N, H, W, K) uint8, labels (N,)), on which both are evaluated and nothing is trained.
+    mean, std: per channel or one for all, of pixels in [0, 1]; the teacher's input is (x - mean) / std.
+    test: (images (N, H, W, K) uint8 or floats k / 255, labels (N,)), on which both are evaluated;
+      nothing is trained on them.
     config: the name of a ready config ("digits", "cifar100:smoke", ...) or a config.
     overrides: {dotted key: value} of the config, such as {"schedule.epochs": 10}.
     workdir: where everything is written as on the command line, and resumed from; None: nothing is written.
@@ -108,7 +113,8 @@ def distill(
   Raises:
     Refusal: names what does not fit, and how to mend it.
   """
-  image_shape, saved_teacher = tuple(image_shape), isinstance(teacher, str | pathlib.Path)
+  image_shape, num_classes = _whole("image_shape", image_shape), _whole("num_classes", [num_classes])[0]
+  saved_teacher = isinstance(teacher, str | pathlib.Path)
   if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
     raise Refusal(f"image_shape is {image_shape}; images must be square: (H, W, K) with H = W.")
   _check_pair("test", test, "(images, labels)")
@@ -116,10 +122,7 @@ def distill(
     _check_pair("teacher", teacher, "(module, variables), or the folder of a saved teacher")
   name = student if isinstance(student, str) else _register(student, image_shape, num_classes)
   c, (height, _, channels) = _config(config, name, overrides or {}), image_shape
-  statistics = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
-  for name, values in statistics.items():
-    if len(values) != channels or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
-      raise Refusal(f"{name} is {values}; it must be {channels} finite numbers, one per channel, and std above 0.")
+  statistics = {"mean": _per_channel("mean", mean, channels), "std": _per_channel("std", std, channels)}
   spec = Dataset(num_classes, height, channels, **statistics, sizes={}, photographs=photographs)
   data, given = InMemory(spec, *test, class_names), None
   c.dataset.name = data.name
@@ -161,6 +164,39 @@ def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Ma
   return c
 
 
+def _whole(name: str, values: Any) -> tuple[int, ...]:
+  """Whole numbers above 0 of any integer type, as Python's."""
+  try:
+    numbers = tuple(operator.index(value) for value in values)
+  except TypeError:
+    numbers = ()
+  if not numbers or min(numbers) < 1:
+    raise Refusal(f"{name} is {values!r}; it must be of whole numbers above 0.")
+  return numbers
+
+
+def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
+  """A number for each channel, from a sequence or an array of any shape, or from one number for all."""
+  given = " ".join(repr(values).split())
+  try:
+    numbers = np.asarray(values, np.float64).ravel()
+  except (TypeError, ValueError):
+    numbers = np.array([])
+  numbers = np.repeat(numbers, channels) if np.ndim(values) == 0 else numbers
+  if len(numbers) != channels or not np.isfinite(numbers).all() or (name == "std" and min(numbers) <= 0):
+    raise Refusal(
+      f"{name} is {given}; it must be {channels} finite number{'s' * (channels > 1)}, one per channel, and std above 0."
+    )
+  if max(abs(numbers)) > LARGEST_STATISTIC:
+    raise Refusal(f"{name} is {given}; it must be of pixels in [0, 1]: divide by 255 what is of pixels up to 255.")
+  return tuple(numbers.tolist())
+
+
+def _plain(variables: Any) -> Any:
+  """Variables as plain dicts, whatever mappings they are made of."""
+  return {key: _plain(value) for key, value in variables.items()} if isinstance(variables, Mapping) else variables
+
+
 def _check_pair(name: str, value: Any, expected: str) -> None:
   if not isinstance(value, tuple | list) or len(value) != 2:
     raise Refusal(f"{name} must be {expected}; got {type(value).__name__}.")
@@ -190,6 +226,11 @@ def _register(student: Any, image_shape: tuple[int, ...], num_classes: int) -> s
   """Makes a module of the caller's known by the name of its type."""
   module, name = _adapted(student, image_shape), type(student).__name__
   _check_logits("student", nets.output_shapes(module, image_shape).logits, num_classes)
+  if not nets.takes_flag(module) and nets.has_statistics(module, image_shape):
+    raise Refusal(
+      f"the student {name} takes no argument that says whether it is trained, so that its batch norm would never learn;"
+      " define __call__(self, x, train)."
+    )
   nets.NETS[name] = lambda num_classes, dtype=None: module
   return name
 
@@ -203,8 +244,11 @@ def _given_teacher(module: Any, variables: Tree, data: InMemory) -> Teacher:
   """The caller's module and variables as a teacher, tried on two images."""
   spec, net = data.spec, _adapted(module, data.spec.image_shape)
   if not isinstance(variables, Mapping) or "params" not in variables:
-    raise Refusal("the teacher's variables have no 'params'; expected them as module.init returns them.")
-  variables = {"batch_stats": {}, **variables}
+    raise Refusal(
+      "the teacher's variables have no 'params'; expected them as module.init returns them: {'params': ...,"
+      " 'batch_stats': ...}."
+    )
+  variables = {"batch_stats": {}, **_plain(variables)}
   x = jax.ShapeDtypeStruct((2, *spec.image_shape), np.float32)
   try:
     logits = jax.eval_shape(lambda x: net.apply(variables, x, train=False), x).logits

@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cpsc_jax import files
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import barrier, broadcast, is_primary
 
@@ -27,6 +28,8 @@ Tree = Any
 CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
 LARGEST = {"num_classes": 2**20, "image_size": 2**13, "channels": 2**10}
+LONGEST_NAME = 100
+SPARE = 2**24  # bytes that a saved net may have beside its arrays
 SEAL = "seal"  # sha256 of everything else in the card
 CHECKSUMS = "files.sha256"
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
@@ -195,6 +198,7 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
       writer.save(scratch / "variables", variables)
       writer.wait_until_finished()
     if is_primary():
+      write_checksums(scratch / "variables")
       (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
       shutil.rmtree(directory, ignore_errors=True)
       scratch.rename(directory)
@@ -215,16 +219,30 @@ def wrong_in(card: Mapping[str, Any]) -> str:
   """What a card lacks, or says that cannot be; an empty text if it is right."""
   if lacking := [key for key in CARD_KEYS if key not in card]:
     return f"lacks {', '.join(lacking)}"
+  name, names = card["net"], card.get("class_names", [])
+  if not isinstance(name, str) or not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
+    return f"says net {_short(name)}; it must be a name of up to {LONGEST_NAME} characters"
   for key, largest in LARGEST.items():
     if not isinstance(card[key], int) or isinstance(card[key], bool) or not 1 <= card[key] <= largest:
-      return f"says {key} {card[key]!r}; it must be a whole number from 1 to {largest:,}"
+      return f"says {key} {_short(card[key])}; it must be a whole number from 1 to {largest:,}"
   for key in ("mean", "std"):
     values = card[key] if isinstance(card[key], list | tuple) else ()
-    numbers = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
+    numbers = [isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values]
     if not all(numbers) or len(values) != card["channels"] or (key == "std" and min(values) <= 0):
-      above = " above 0" if key == "std" else ""
-      return f"says {key} {card[key]!r}; it must be {card['channels']} finite numbers{above}, one for each channel"
+      what = f"{card['channels']} finite numbers{' above 0' if key == 'std' else ''}, one for each channel"
+      return f"says {key} {_short(card[key])}; it must be {what}"
+  if "class_names" in card and not (
+    isinstance(names, list | tuple)
+    and len(names) == card["num_classes"]
+    and all(isinstance(each, str) for each in names)
+  ):
+    return f"says class_names {_short(names)}; it must be {card['num_classes']:,} texts, one for each class"
   return ""
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
 
 def read_card(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -235,7 +253,7 @@ def read_card(directory: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / CARD
   try:
-    card = json.loads(path.read_text())
+    card = files.read_json(path)
   except (OSError, ValueError) as error:
     raise Refusal(
       f"no saved net in {directory} ({path.name}: {getattr(error, 'strerror', None) or error}); name a folder that"
@@ -265,7 +283,11 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
   directory = pathlib.Path(directory).absolute()
   card = read_card(directory)
   try:
+    _check_files(directory / "variables", sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)))
+    if damage := verify(directory / "variables"):  # Orbax fails on damaged arrays with many a message of its own
+      raise ValueError(damage)
     with ocp.StandardCheckpointer() as reader:
+      _check_shapes(reader.metadata(directory / "variables").item_metadata.tree, like)
       variables = reader.restore(directory / "variables", jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
   except Exception as error:  # Orbax raises various types for damaged files
     raise Refusal(
@@ -277,6 +299,30 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
       " again."
     )
   return variables, card
+
+
+def _check_files(folder: pathlib.Path, needed: int) -> None:
+  """Raises unless all that is below a folder are files that can be read at once, and not much larger than needed."""
+  sizes = []
+  for path in folder.rglob("*"):
+    kind = path.lstat()
+    if not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode)):
+      raise ValueError(f"{path.relative_to(folder)} is no file")
+    sizes.append(kind.st_size)
+  if sum(sizes) > 2 * needed + SPARE:
+    raise ValueError(f"its files have {sum(sizes):,} bytes, and its net {needed:,}")
+
+
+def _check_shapes(stored: Tree, like: Tree) -> None:
+  """Raises unless the arrays have the shapes of `like` and are not stored in larger pieces: nothing larger is read."""
+  found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+    name = jax.tree_util.keystr(path)
+    if name not in found:
+      raise ValueError(f"it has no {name}")
+    shape, piece = tuple(found[name].shape), tuple(found[name].storage.chunk_shape)
+    if shape != leaf.shape or any(n > max(m, 1) for n, m in zip(piece, shape, strict=True)):
+      raise ValueError(f"{name} has shape {shape} in pieces of {piece}, not {leaf.shape}")
 
 
 def silence_absl() -> None:

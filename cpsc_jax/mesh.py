@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cpsc_jax import files
 from cpsc_jax.errors import Refusal
 
 Tree = Any
@@ -101,7 +102,7 @@ def device_memory() -> int:
   """Bytes of memory of the first device; of a CPU those of the machine; 0 where it is not known."""
   device = jax.devices()[0]
   if device.platform == "cpu":
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return files.memory()
   return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 

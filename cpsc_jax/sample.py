@@ -39,7 +39,7 @@ def sample(
     raise Refusal(f"--per_class must be at most {LARGEST_ROW} for a picture, got {per_class}; use --out FILE.npz.")
   if not 0 <= seed < 2**32:
     raise Refusal(f"--seed must be between 0 and 2**32 - 1, got {seed}.")
-  with saved.new_file(out) as scratch:
+  with saved.new_files(out) as (scratch,):
     generator = saved.load(saved.find(workdir, default="generator"))
     card = generator.card
     if not generator.is_generator:

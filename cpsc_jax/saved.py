@@ -1,19 +1,21 @@
-"""Finds and loads the nets that a run saved; `new_file` is for output files that are written whole or not at all."""
+"""Finds and loads the nets that a run saved; `new_files` is for output files that are written whole or not at all."""
 
 import contextlib
-import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import checkpoint, nets
+from cpsc_jax import checkpoint, files, nets
 from cpsc_jax.errors import Refusal
 
 WHICH = ("student", "student_best", "teacher", "generator")
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
+LARGEST_WIDTH = 2**16  # of a generator's latents and channels
 GENERATOR_KEYS = ("latent_dim", "width", "conditional", "output", "epsilon", "init")  # what a card has of a config
 
 
@@ -81,8 +83,11 @@ def load(folder: str | pathlib.Path) -> SavedNet:
   card = checkpoint.read_card(folder)
   needed = (*CARD_KEYS, *(GENERATOR_KEYS if card.get("net") in nets.GENERATORS else ()))
   lacking = [key for key in needed if key not in card]
-  if lacking:
-    raise Refusal(f"{folder / checkpoint.CARD} lacks {', '.join(lacking)}; save the net again.")
+  wrong = f"lacks {', '.join(lacking)}" if lacking else ""
+  if not wrong and card["net"] in nets.GENERATORS:
+    wrong = _wrong_in_generator(card)
+  if wrong:
+    raise Refusal(f"{folder / checkpoint.CARD} {wrong}; save the net again.")
   net, inputs = rebuild(card)
   shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # it may have been saved from devices not present
@@ -90,6 +95,20 @@ def load(folder: str | pathlib.Path) -> SavedNet:
   variables, _ = checkpoint.load_net(folder, like)
   # Uncommitted arrays, so that the caller chooses the device.
   return SavedNet(net, jax.tree.map(jnp.asarray, jax.device_get(variables)), card)
+
+
+def _wrong_in_generator(card: dict[str, Any]) -> str:
+  """What the card of a generator says that cannot be; an empty text if it is right."""
+  for key in ("latent_dim", "width"):
+    if not isinstance(card[key], int) or isinstance(card[key], bool) or not 1 <= card[key] <= LARGEST_WIDTH:
+      return f"says another {key} than a whole number from 1 to {LARGEST_WIDTH:,}"
+  choices = {"conditional": (True, False), "output": ("tanh", "sigmoid"), "init": ("torch", "normal")}
+  for key, values in choices.items():
+    if card[key] not in values:
+      return f"says another {key} than {' or '.join(map(str, values))}"
+  if type(card["epsilon"]) not in (int, float) or not 0 <= card["epsilon"] <= 1:
+    return "says another epsilon than a number from 0 to 1"
+  return ""
 
 
 def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -115,33 +134,45 @@ def class_names(card: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def new_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a scratch path beside `path`; it is renamed to `path` if the block succeeds and removed otherwise.
+def new_files(*paths: str | pathlib.Path) -> Iterator[list[pathlib.Path]]:
+  """Yields a path of the same name in a scratch folder for each of `paths`, which are in one folder.
+
+  If the block succeeds, all are moved to their places; else none is, and nothing is left.
 
   Raises:
-    Refusal: `path` exists already or cannot be written.
+    Refusal: one of the paths exists already or cannot be written.
   """
-  path = pathlib.Path(path)
-  scratch = path.with_name(f"partial.{path.name}")
+  wanted = [pathlib.Path(path) for path in paths]
+  folder = wanted[0].parent
   try:
-    if path.exists():
-      raise Refusal(f"{path} already exists; delete it or choose another --out.")
-    scratch.touch()
-    try:
-      yield scratch
-      scratch.rename(path)
-    finally:
-      scratch.unlink(missing_ok=True)
+    for path in wanted:
+      if os.path.lexists(path):
+        raise Refusal(f"{path} already exists; delete it or choose another --out.")
+    with tempfile.TemporaryDirectory(prefix=".cpsc_jax.", dir=folder, ignore_cleanup_errors=True) as scratch:
+      made = [pathlib.Path(scratch, path.name) for path in wanted]
+      made[0].touch()  # a name that cannot be written is refused before any work
+      yield made
+      moved = []
+      try:
+        for source, path in zip(made, wanted, strict=True):
+          source.rename(path)
+          moved.append(path)
+      except OSError:
+        for path in moved:
+          path.unlink()
+        raise
   except OSError as error:
-    raise Refusal(f"cannot write {path} ({error.strerror or error}); choose another --out.") from error
+    raise Refusal(f"cannot write {wanted[0]} ({error.strerror or error}); choose another --out.") from error
 
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / "config.json"
   try:
-    config = json.loads(path.read_text())
+    config = files.read_json(path)
   except (OSError, ValueError) as error:
     raise Refusal(f"cannot read {path} ({error}); restore the file or start a new run in another folder.") from error
-  if not {"name", "arm", "teacher", "generator"} <= set(config):
+  teacher = config.get("teacher") if isinstance(config, dict) else None
+  texts = [config.get("name"), config.get("arm"), teacher.get("checkpoint")] if isinstance(teacher, dict) else [None]
+  if not all(isinstance(text, str) for text in texts):
     raise Refusal(f"{path} is not the config of a run; give the --workdir of a run.")
   return config

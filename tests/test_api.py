@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,12 +119,20 @@ OVERRIDES = {
 
 @pytest.fixture(scope="module")
 def own_run(tmp_path_factory, test_images):
-  """(run, workdir, what on_epoch was given) of a student module of the user's own."""
+  """(run, workdir, what on_epoch was given) of a student module of the user's own.
+
+  Its arguments come as other libraries give them: frozen variables, arrays for numbers, images as floats.
+  """
   workdir, entries = tmp_path_factory.mktemp("own") / "w", []
   names = [f"digit {label}" for label in range(10)]
   run = distill(
-    test_images,
+    (test_images[0].astype(np.float32) / 255, jnp.asarray(test_images[1])),
+    teacher=(Plain(), flax.core.freeze(variables_of(Plain()))),
     student=OwnStudent(width=8),
+    mean=np.array([[0.3057]]),
+    std=np.float64(0.3762),
+    num_classes=np.int64(10),
+    image_shape=np.array([8, 8, 1]),
     overrides=OVERRIDES,
     workdir=workdir,
     class_names=names,
@@ -225,6 +234,12 @@ class TwoOutputs(nn.Module):
     return nn.Dense(10)(x.mean(axis=(1, 2))), x
 
 
+class Untold(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(nn.BatchNorm(use_running_average=True)(x).mean(axis=(1, 2)))
+
+
 class NeedsLargeImages(nn.Module):
   @nn.compact
   def __call__(self, x, train: bool):
@@ -267,13 +282,25 @@ class NeedsLargeImages(nn.Module):
     (dict(mean=(0.3, 0.3, 0.3)), "mean is .*; it must be 1 finite number"),
     (dict(mean=(math.nan,)), "mean is .*; it must be 1 finite number"),
     (dict(std=(0.0,)), "std is .* above 0"),
+    (dict(std="wide"), "std is 'wide'; it must be 1 finite number"),
+    (dict(mean=(30.57,)), r"mean is \(30.57,\); it must be of pixels in \[0, 1\]: divide by 255"),
+    (dict(num_classes=10.0), "num_classes is .*10.0.*; it must be of whole numbers above 0"),
+    (dict(image_shape=None), "image_shape is None; it must be of whole numbers above 0"),
     (dict(test=None), "test must be"),
     (dict(test=(np.zeros((3, 8, 8, 1), np.uint8),)), "test must be"),
     (dict(test=(np.zeros((3, 8, 8), np.uint8), np.zeros(3, int))), r"must have shape \(N, 8, 8, 1\)"),
     (dict(test=(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(2, int))), r"must have shape \(3,\)"),
     (dict(test=(np.zeros((3, 8, 8, 1), np.uint8), np.full(3, 10))), "between 0 and 9, got 10 to 10"),
     (dict(test=(np.full((3, 8, 8, 1), 0.123), np.zeros(3, int))), "pass uint8"),
+    (dict(test=(np.zeros((3, 1, 8, 8), np.uint8), np.zeros(3, int))), r"pass images.transpose\(0, 2, 3, 1\)"),
+    (dict(test=(np.zeros((3, 8, 8), np.uint8), np.zeros(3, int))), r"pass images\[..., None\]"),
+    (dict(test=(np.zeros((3, 8, 8, 1), int), np.zeros(3, int))), r"pass images.astype\(np.uint8\)"),
+    (dict(test=(np.zeros((3, 8, 8, 1), np.uint8), np.eye(10)[:3])), r"take labels.argmax\(axis=1\)"),
     (dict(class_names=["a", "b"]), "must be 10 strings"),
+    (dict(class_names=[*"abcdefgh", "i j", "i  J"]), "differ in blanks or case alone"),
+    (dict(class_names=[*"abcdefghi", "j\n"]), "characters that cannot be printed"),
+    (dict(student=Untold()), "the student Untold takes no argument that says whether it is trained"),
+    (dict(teacher=(Plain(), variables_of(Plain())["params"])), "variables have no 'params'.*{'params': ..., 'batch_st"),
   ],
 )
 def test_refusals(changes, word, test_images, tmp_path, monkeypatch):
@@ -281,7 +308,7 @@ def test_refusals(changes, word, test_images, tmp_path, monkeypatch):
   arguments = {"test": test_images, "workdir": tmp_path / "w", **changes}
   with pytest.raises(Refusal, match=word) as refusal:
     distill(**arguments)
-  assert "\n" not in str(refusal.value)
+  assert str(refusal.value).count("\n") == (3 if "A subclass adapts it" in str(refusal.value) else 0)
   assert not (tmp_path / "w").exists(), "nothing is made before everything is right"
 
 

@@ -1,5 +1,6 @@
 """Exporting nets of a finished run and drawing samples: content of the files, equal outputs, refusals."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -42,10 +43,10 @@ def pixels(name):
   return LARGER.get(name, 32 if name.startswith("imagenet") else 8)
 
 
-def random_net(name, channels=3):
+def random_net(name, channels=3, **form):
   """A `SavedNet` with random variables, so that any reordering changes them; ImageNet's VGG with few hidden units."""
   card = {"net": name, "num_classes": CLASSES, "image_size": pixels(name), "channels": channels}
-  card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH, **FORM}
+  card |= {"mean": [0.5] * channels, "std": [0.25] * channels, "latent_dim": LATENT, "width": WIDTH, **FORM, **form}
   net, inputs = saved.rebuild(card)
   net = net.clone(hidden=48) if name.startswith("imagenet_vgg") else net
   random = np.random.default_rng(0)
@@ -113,7 +114,7 @@ def test_pytorch_loads_the_weights_strictly(name, tmp_path):
   readers = {"torch": lambda path: torch.load(path, weights_only=True), "safetensors": load_file}
   for form, read in readers.items():
     twin = TWINS[name]().eval()
-    assert export.FORMATS[form].write(tmp_path / form, net) == 0
+    assert export.FORMATS[form].write(tmp_path / form, net) < (1e-5 if form == "torch" else 1e-30)
     twin.load_state_dict(read(tmp_path / form), strict=True)
     assert checkpoint.digest(convert.from_torch(name, zoo.arrays(twin), net.variables)) == net.card["digest"]
   _, _, call = export.signature(net)
@@ -126,6 +127,99 @@ def test_pytorch_loads_the_weights_strictly(name, tmp_path):
     theirs, ours = (lambda: twin(torch.from_numpy(x))[0].numpy()), (nhwc(x),)
   with torch.no_grad():
     assert_close(jax.jit(call)(net.variables, *ours), theirs(), 1e-5)
+
+
+ELSEWHERE = """
+import json, sys
+for name in ("cpsc_jax", "jax", "flax", "numpy.typing"):
+  sys.modules[name] = None  # cannot be imported
+import numpy, torch
+for job in json.load(sys.stdin):
+  space = {}
+  exec(job["lines"], space)
+  net, size = space["load"](), job["images"]
+  torch.manual_seed(0)
+  more = (torch.randn(5, job["latent"]), torch.arange(5)) if job["latent"] else (torch.randint(256, size).byte(),)
+  numpy.savez(job["out"], *(a.numpy() for a in more), shown=(space["images"] if job["latent"] else space["logits"])
+    .detach().numpy(), result=net(*more).detach().numpy(), floats=net(more[0] / 255 if not job["latent"] else more[0],
+    *more[1:]).detach().numpy())
+"""
+
+
+def called_elsewhere(tmp_path, capsys, jobs):
+  """Runs what `export --format torch` prints, where nothing of ours and no JAX can be imported; compares with JAX."""
+  orders = []
+  for number, (net, export_it) in enumerate(jobs):
+    folder = tmp_path / f"folder {number}'s"
+    folder.mkdir()
+    capsys.readouterr()
+    export_it(folder / f"{net.card['net']}-{number}.pth")
+    printed = [line[4:] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert len(printed) == 3
+    shape = [5, net.card["channels"], net.card["image_size"], net.card["image_size"]]
+    latent = net.card["latent_dim"] if net.is_generator else 0
+    out = str(folder / "results.npz")
+    orders.append({"lines": "\n".join(printed), "images": shape, "latent": latent, "out": out})
+  done = subprocess.run(
+    [sys.executable, "-c", ELSEWHERE], input=json.dumps(orders), text=True, cwd="/", capture_output=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  for (net, _), order in zip(jobs, orders, strict=True):
+    _, _, call = export.signature(net)
+    mean, std = (np.asarray(net.card[key], np.float32) for key in ("mean", "std"))
+    with np.load(order["out"]) as found:
+      if net.is_generator:
+        ours = datasets.denormalise(jax.jit(call)(net.variables, found["arr_0"], found["arr_1"]), mean, std)
+        assert (
+          found["shown"].shape == (1, *order["images"][1:]) and 0 <= found["shown"].min() < found["shown"].max() <= 1
+        )
+        assert_close(ours, nhwc(found["result"]), 1e-5)
+        continue
+      called = jax.jit(call)
+      for name, pixels in (("result", found["arr_0"]), ("floats", found["arr_0"]), ("shown", 0 * found["arr_0"])):
+        x = (nhwc(pixels).astype(np.float32) / 255 - mean) / std
+        assert_close(called(net.variables, x)[: len(found[name])], found[name], 1e-4)
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("wrn_16_2", "vgg11", "cifar_resnet8", "small_resnet8", *SAVED_GENERATORS),
+    pytest.param(
+      ("resnet18", "resnet50", "vgg16", "mobilenet_v2", *(n for n in EVERY if n.startswith("imagenet"))),
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
+def test_the_printed_lines_call_the_exported_module(names, tmp_path, capsys):
+  """In a process that has PyTorch and neither JAX nor this package; images of one channel and of three."""
+  jobs = []
+  for number, name in enumerate(names):
+    net = random_net(name, channels=1 if number % 2 else 3)
+    jobs.append((net, functools.partial(export.export_net, net, "torch")))
+  called_elsewhere(tmp_path, capsys, jobs)
+
+
+@pytest.mark.parametrize("form", [{"conditional": False}, {"output": "sigmoid", "epsilon": 1e-5}])
+def test_modules_of_other_generators(form, tmp_path):
+  for name in SAVED_GENERATORS:
+    net = random_net(name, **form)
+    assert export.write_torch(tmp_path / f"{name}.pth", net) < 1e-5
+    text = (tmp_path / f"{name}_net.py").read_text()
+    assert len(text.splitlines()) < 120 and "cpsc_jax" not in text
+
+
+def test_modules_are_named_so_that_they_can_be_imported(tmp_path):
+  for name in ("torch.pth", "my-net.v2.pth", "3.pt", "学生.pth", "a'b.pth"):
+    stem = export.torch_nets.beside(tmp_path / name).stem
+    assert stem.isidentifier() and stem.isascii() and stem not in sys.stdlib_module_names, name
+
+
+def test_neither_file_is_written_where_one_exists(capsys, tmp_path, finished):
+  (tmp_path / "x_net.py").write_text("mine")
+  argv = (finished, "--format", "torch", "--out", tmp_path / "x.pth")
+  refused(capsys, tmp_path, export.main, argv, "x_net.py already exists")
+  assert (tmp_path / "x_net.py").read_text() == "mine"
 
 
 def test_safetensors_metadata(tmp_path):
@@ -143,7 +237,8 @@ def test_safetensors_metadata(tmp_path):
 
 def out_of(tmp_path, *argv):
   assert export.main([*map(str, argv), "--out", str(tmp_path / "file")]) == 0
-  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  module = ["file_net.py"] if "torch" in argv else []
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["file", *module]
   return tmp_path / "file"
 
 
@@ -175,7 +270,7 @@ def test_the_onnx_file_has_the_accuracy_of_the_run(which, finished, digits_dir, 
 @pytest.mark.parametrize("form", ["torch", "safetensors", "stablehlo"])
 def test_formats(form, which, finished, tmp_path, capsys):
   out_of(tmp_path, finished, "--format", form, "--which", which)
-  assert ("bit-identical" in capsys.readouterr().out) == (form in export.WEIGHTS)
+  assert ("bit-identical" in capsys.readouterr().out) == (form == "safetensors")
 
 
 def test_the_folder_of_a_net_is_accepted(finished, tmp_path):
@@ -354,7 +449,7 @@ def test_a_file_that_differs_from_the_net_is_removed(capsys, tmp_path, finished,
 
   to_torch, signature = convert.to_torch, export.signature
   monkeypatch.setattr(convert, "to_torch", lambda name, variables: changed(to_torch(name, variables)))
-  for form in export.WEIGHTS:
+  for form in ("torch", "safetensors"):
     argv = (finished, "--format", form, "--out", tmp_path / "x")
     refused(capsys, tmp_path, export.main, argv, f"the {form} file differs from the net")
   calls = []

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from parity import assert_close, assert_trees_close, cast, jitted_forward, nhwc, shapes
 
-from cpsc_jax import nets
+import cpsc_jax
+from cpsc_jax import checkpoint, nets
 from cpsc_jax.errors import Refusal
 from cpsc_jax.interop import convert
+from cpsc_jax.nets import adapted
 from cpsc_jax.nets.convolution import SAVED
 from cpsc_jax.state import Output, Statistics
 
@@ -331,12 +333,6 @@ def test_modules_that_return_outputs_are_left_as_they_are():
     assert nets.adapt(net, (8, 8, 3)) is net
 
 
-class WithoutTrain(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(3)(jnp.mean(x, (1, 2)))
-
-
 class WithoutDense(nn.Module):
   @nn.compact
   def __call__(self, x, train):
@@ -358,8 +354,7 @@ class Maps(nn.Module):
 @pytest.mark.parametrize(
   ("module", "message"),
   [
-    (WithoutTrain(), r"WithoutTrain takes no argument 'train': define __call__\(self, x, train\)"),
-    (WithoutDense(), "features of WithoutDense cannot be found: make it end in a flax.linen.Dense"),
+    (WithoutDense(), "features of WithoutDense cannot be found: it must end in a flax.linen.Dense"),
     (Pairs(), "Pairs returned tuple; expected logits"),
     (Maps(), r"Maps returned an array of shape \(2, 8, 8, 3\); expected logits"),
     (print, "expected a flax.linen.Module"),
@@ -368,6 +363,72 @@ class Maps(nn.Module):
 def test_modules_that_cannot_be_adapted_are_refused(module, message):
   with pytest.raises(Refusal, match=message):
     nets.adapt(module, (8, 8, 3))
+
+
+def named(name):
+  """A module whose argument that says whether it is trained has this name; with None it has none."""
+  trained = "False" if name is None else f"{'not ' * (name in adapted.EVALUATES)}{name}"
+  space = {"nn": nn, "__name__": __name__}
+  text = f"""class Mine(nn.Module):
+  @nn.compact
+  def __call__(self, x{", " * bool(name)}{name or ""}):
+    x = nn.BatchNorm(use_running_average=not ({trained}))(nn.Conv(4, (3, 3))(x))
+    return nn.Dense(3)(nn.relu(x).mean((1, 2)))"""
+  exec(text, space)
+  return space["Mine"]()
+
+
+@pytest.mark.parametrize("name", [None, "", *adapted.TRAINS, *adapted.EVALUATES])
+def test_the_argument_that_says_whether_it_is_trained_has_many_names(name):
+  module, x = KeywordOnly() if name == "" else named(name), images()
+  net = nets.adapt(module, (8, 8, 3))
+  variables = nets.init(net, jax.random.key(0), x)
+  tested, same = nets.forward(net, variables, x, train=False)
+  trained, moved = nets.forward(net, variables, x, train=True)
+  assert tested.logits.shape == (4, 3) and tested.features.shape == (4, 4)
+  assert nets.takes_flag(net) == (name is not None)
+  assert (checkpoint.digest(moved) != checkpoint.digest(same)) == (name is not None)
+  assert bool(jnp.any(trained.logits != tested.logits)) == (name is not None)
+
+
+class KeywordOnly(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, training: bool = False, size: int = 4):
+    x = nn.BatchNorm(use_running_average=not training)(nn.Conv(size, (3, 3))(x))
+    return nn.Dense(3)(nn.relu(x).mean((1, 2)))
+
+
+class Tempered(nn.Module):
+  @nn.compact
+  def __call__(self, x, training, temperature):
+    logits = nn.Dense(3)(x.mean((1, 2)))
+    return {"logits": logits / temperature, "features": x}
+
+
+class Dictionary(nn.Module):
+  @nn.compact
+  def __call__(self, x, deterministic=True):
+    return {"logits": nn.Dense(3)(x.mean((1, 2)))}
+
+
+@pytest.mark.parametrize("module", [Pairs(), Dictionary(), WithoutDense(), Tempered()])
+def test_the_lines_of_a_refusal_adapt_a_module(module):
+  """They are carried out as they are shown, and take the variables of the module itself."""
+  shown, space = None, {type(module).__name__: type(module), "cpsc_jax": cpsc_jax}
+  for _ in range(2):  # an argument more, and then what it returns
+    try:
+      nets.adapt(module, (8, 8, 3))
+      break
+    except Refusal as refusal:
+      first, *shown = str(refusal).splitlines()
+      assert len(shown) == 3 and "A subclass adapts it" in first
+      exec("\n".join(shown).replace("temperature=...", "temperature=2.0"), space)
+      module = space[f"My{type(module).__name__}"]()
+      space[type(module).__name__] = type(module)
+  net, x = nets.adapt(module, (8, 8, 3)), images()
+  variables = nets.init(net, jax.random.key(0), x)
+  assert set(variables["params"]) <= {"Dense_0", "Conv_0"}
+  assert nets.forward(net, variables, x, train=False)[0].logits.shape == (4, 3)
 
 
 def test_a_dropout_key_reaches_the_net():

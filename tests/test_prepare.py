@@ -470,9 +470,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   write(flowers(tmp_path / "e") / "train" / "0.png", GREY)
   refused(tmp_path / "e", "0.png is not in a class folder; move it to")
   (flowers(tmp_path / "f") / "train" / "rose" / "notes.txt").write_text("")
-  refused(tmp_path / "f", "notes.txt does not end in .png, .jpg, .jpeg")
+  refused(tmp_path / "f", "notes.txt is no file that ends in .png, .jpg, .jpeg")
   (flowers(tmp_path / "g") / "train" / "rose" / "deeper").mkdir()
-  refused(tmp_path / "g", "deeper does not end in")
+  refused(tmp_path / "g", "deeper is no file that ends in")
   for kept in (flowers(tmp_path / "h") / "test" / "rose").iterdir():
     kept.unlink()
   refused(tmp_path / "h", "rose has no images")

@@ -5,7 +5,6 @@ of the user's. `InMemory` makes a data set of arrays. Both are a `Data`, whose `
 whose `load_train` is for `cpsc_jax.teach` alone. Prepared files are array_record and are read without TensorFlow.
 """
 
-import json
 import logging
 import os
 import time
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cpsc_jax import files
 from cpsc_jax.datasets.arrays import InMemory
 from cpsc_jax.datasets.data import EVALUATION_SPLITS, Data, Dataset, Split, is_held_out
 from cpsc_jax.errors import Refusal, first_line
@@ -153,6 +153,12 @@ def check(builder: "tfds.core.DatasetBuilder", spec: Dataset) -> None:
       f"data set '{builder.name}' should have splits {spec.sizes}, but {builder.data_dir} has {have}; delete it and"
       " prepare it again."
     )
+  image, label = (builder.info.features[key] for key in ("image", "label"))
+  if image.shape != spec.image_shape or label.num_classes != spec.num_classes:
+    raise Refusal(
+      f"data set '{builder.name}' should have {spec.num_classes} classes and images of {spec.image_shape}, but"
+      f" {builder.data_dir} has {label.num_classes} and {image.shape}; delete it and prepare it again."
+    )
   if builder.info.file_format.value != FILE_FORMAT:
     raise Refusal(
       f"{builder.data_dir} was written as {builder.info.file_format.value}, which only TensorFlow reads; prepare"
@@ -209,12 +215,14 @@ def _read_record(name: str, data_dir: str) -> Dataset:
   """The `Dataset` of a folder of images that was prepared as `name`."""
   path = os.path.join(data_dir, name, OWN_VERSION, OWN_RECORD)
   try:
-    with open(path) as file:
-      return Dataset(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.load(file).items()})
+    record = Dataset(**{key: tuple(v) if isinstance(v, list) else v for key, v in files.read_json(path).items()})
+    if wrong := record.wrong():
+      raise ValueError(wrong)
+    return record
   except (FileNotFoundError, NotADirectoryError) as error:
     raise Refusal(
       f"no data set '{name}'; choose one of {', '.join(DATASETS)}, or prepare your own: cpsc-jax prepare {name}"
       f" --data_dir {data_dir} --from FOLDER"
     ) from error
-  except (OSError, ValueError, TypeError) as error:
+  except (OSError, ValueError, TypeError, AttributeError) as error:
     raise Refusal(f"{path} was not written by preparing data set '{name}' ({error}); prepare it again.") from error

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cpsc_jax.datasets.data import Data, Dataset, Split
+from cpsc_jax.datasets.data import Data, Dataset, Split, check_names
 from cpsc_jax.errors import Refusal
 
 
@@ -36,9 +36,17 @@ class InMemory(Data):
     images, labels = np.asarray(images), np.asarray(labels)
     shape = ", ".join(map(str, spec.image_shape))
     if images.ndim != 4 or images.shape[1:] != spec.image_shape or not len(images):
-      raise Refusal(f"the images of '{name}' must have shape (N, {shape}) with N of at least 1, got {images.shape}.")
+      turned = spec.image_shape[-1:] + spec.image_shape[:-1]
+      hint = "; pass images.transpose(0, 2, 3, 1)" if images.shape[1:] == turned else ""
+      hint = "; pass images[..., None]" if (*images.shape[1:], 1) == spec.image_shape else hint
+      raise Refusal(
+        f"the images of '{name}' must have shape (N, {shape}) with N of at least 1, got {images.shape}{hint}."
+      )
     if labels.shape != images.shape[:1]:
-      raise Refusal(f"the labels of '{name}' must have shape ({len(images)},), one per image, got {labels.shape}.")
+      one_hot = "; of one-hot ones take labels.argmax(axis=1)" if labels.ndim == 2 else ""
+      raise Refusal(
+        f"the labels of '{name}' must have shape ({len(images)},), one per image, got {labels.shape}{one_hot}."
+      )
     if not np.issubdtype(labels.dtype, np.integer):
       raise Refusal(f"the labels of '{name}' must be integers, got {labels.dtype}.")
     if labels.min() < 0 or labels.max() >= spec.num_classes:
@@ -48,6 +56,7 @@ class InMemory(Data):
     names = [str(label) for label in range(spec.num_classes)] if class_names is None else list(class_names)
     if len(names) != spec.num_classes or not all(isinstance(each, str) for each in names):
       raise Refusal(f"the class names of '{name}' must be {spec.num_classes} strings, got {names}.")
+    check_names(f"'{name}'", names)
     self.name, self.spec = name, dataclasses.replace(spec, sizes={spec.test_split: len(images)})
     self._images, self._labels, self._class_names = _as_uint8(images, name), labels.astype(np.int32), names
 
@@ -66,7 +75,10 @@ def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
   if images.dtype == np.uint8:
     return images.copy()
   if not np.issubdtype(images.dtype, np.floating):
-    raise Refusal(f"the images of '{name}' must be uint8 or floats in [0, 1], got {images.dtype}.")
+    raise Refusal(
+      f"the images of '{name}' must be uint8 or floats in [0, 1], got {images.dtype}; if they are whole numbers"
+      " from 0 to 255, pass images.astype(np.uint8)."
+    )
   images = images.astype(np.promote_types(images.dtype, np.float32), copy=False)
   if not (images.min() >= -1e-6 and images.max() <= 1 + 1e-6):  # NaN compares as false
     raise Refusal(

@@ -5,27 +5,35 @@ The CIFAR and SVHN builders have the names, versions and features of the builder
 """
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import pathlib
 import queue
+import struct
 import tarfile
 import threading
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import tensorflow_datasets as tfds
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from cpsc_jax import files
 from cpsc_jax.datasets import FILE_FORMAT, OWN_VERSION, folders
 from cpsc_jax.errors import Refusal, first_line
 
 SECONDS_TO_ANSWER = 5.0
-UNREADABLE = (OSError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+  *(OSError, KeyError, EOFError, ValueError, RuntimeError, OverflowError),
+  *(tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+LARGEST_ARCHIVE, LARGEST_FILE, LARGEST_UNPACKED = 2**32, 2**28, 2**29  # bytes: packed; of a part; of a whole tar
+PIECE = 2**20  # bytes read at once
 
 
 class FromArchive:
@@ -47,12 +55,20 @@ class FromArchive:
     path = pathlib.Path(self.source)
     if not path.exists():
       raise Refusal(f"{path} does not exist; --from takes {file} ({url}) or the folder unpacked from it.")
+    if not path.is_dir():
+      try:
+        with files.opened(path, LARGEST_ARCHIVE):
+          pass
+      except OSError as error:
+        raise Refusal(
+          f"{path} cannot be read ({error.strerror}); --from takes {file} ({url}) or the folder unpacked from it."
+        ) from error
     return path
 
   def _name_classes(self, key, names, path):
     """Sets the class names of feature `key`; in every archive here they are in alphabetical order."""
     feature = self.info.features[key]
-    if len(names) != feature.num_classes or names != sorted(set(names)):
+    if len(names) != feature.num_classes or names != sorted(set(names)) or not all(map(str.isprintable, names)):
       raise Refusal(
         f"{path} does not list the {feature.num_classes} classes of '{self.name}' ({key}) in alphabetical order; get it"
         " again."
@@ -94,18 +110,19 @@ class _Cifar(FromArchive):
     info = self._cifar_info
     path = self._fetch(dl_manager, info.url)
     try:
-      read = opener(path, info.prefix)
-      files = {name: read(name) for name in [*info.train_files, *info.test_files, *info.label_files]}
+      names = [*info.train_files, *info.test_files, *info.label_files]
+      read = opener(path, info.prefix, names)
+      parts = {name: read(name) for name in names}
       as_published = path.is_file() and digest_of(path, "sha256") == published_sha256(self.name, info.url)
     except UNREADABLE as error:
       raise Refusal(
         f"{path} is not the binary version of '{self.name}' ({first_line(error)}); get it from {info.url}."
       ) from error
     for name, md5 in {} if as_published else self.MD5.items():
-      check_digest(f"{name} in {path}", hashlib.md5(files[name]).hexdigest(), md5, info.url)
+      check_digest(f"{name} in {path}", hashlib.md5(parts[name]).hexdigest(), md5, info.url)
     for key, name in zip(info.label_keys, info.label_files, strict=True):
-      self._name_classes(key, files[name].decode(errors="replace").split(), path)
-    train, test = (b"".join(files[name] for name in names) for names in (info.train_files, info.test_files))
+      self._name_classes(key, parts[name].decode(errors="replace").split(), path)
+    train, test = (b"".join(parts[name] for name in part) for part in (info.train_files, info.test_files))
     return {
       "train": self._generate_examples("train_", train),
       "test": self._generate_examples("test_", test),
@@ -147,17 +164,17 @@ class SvhnCropped(FromArchive, tfds.core.GeneratorBasedBuilder, skip_registratio
     return _image_info(self, "Street View House Numbers, cropped digits (Netzer et al., 2011).", (32, 32, 3), 10)
 
   def _split_generators(self, dl_manager):
-    files = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
+    mats = {split: f"{split}_32x32.mat" for split in ("train", "test", "extra")}
     if self.source is None:
-      paths = {split: self._fetch(dl_manager, self.URL + files[split]) for split in ("train", "test")}
+      paths = {split: self._fetch(dl_manager, self.URL + mats[split]) for split in ("train", "test")}
     else:
-      paths = {split: pathlib.Path(self.source) / file for split, file in files.items()}
+      paths = {split: pathlib.Path(self.source) / file for split, file in mats.items()}
       for split in ("train", "test"):
-        if not paths[split].exists():
-          raise Refusal(f"{paths[split]} does not exist; --from takes a folder with {', '.join(files.values())}.")
-    paths = {split: path for split, path in paths.items() if path.exists()}
+        if not paths[split].is_file():
+          raise Refusal(f"{paths[split]} does not exist; --from takes a folder with {', '.join(mats.values())}.")
+    paths = {split: path for split, path in paths.items() if path.is_file()}
     for split, path in paths.items():
-      url = self.URL + files[split]
+      url = self.URL + mats[split]
       check_digest(path, digest_of(path, "sha256"), published_sha256(self.name, url), url)
     return {split: self._generate_examples(path) for split, path in paths.items()}
 
@@ -290,23 +307,77 @@ def png(image: ArrayLike | Image.Image) -> bytes:
   return buffer.getvalue()
 
 
-def opener(path: pathlib.Path, prefix: str) -> Callable[[str], bytes]:
-  """name -> content of the file prefix + name in a .tar.gz or .zip, or in a folder unpacked from it."""
+def opener(path: pathlib.Path, prefix: str, names: Iterable[str] = ()) -> Callable[[str], bytes]:
+  """name -> content of the file prefix + name in a .zip, a .tar or .tar.gz, or in a folder unpacked from it.
+
+  No more than LARGEST_FILE bytes are read of a file, and LARGEST_UNPACKED are unpacked of a tar. `names` are those that
+  a tar is searched for, which is read here and once.
+
+  Raises:
+    one of UNREADABLE, here or when a file is read.
+  """
   if path.is_dir():
     root = path / prefix if (path / prefix).is_dir() else path
-    return lambda name: (root / name).read_bytes()
+    return lambda name: files.read_bytes(root / name, LARGEST_FILE)
   if zipfile.is_zipfile(path):
     archive = zipfile.ZipFile(path)
-    return lambda name: archive.read(prefix + name)
-  with tarfile.open(path) as archive:  # in the order of the archive; in any other it is unpacked again for each file
-    inside = (member for member in archive if member.isfile() and member.name.startswith(prefix))
-    files = {member.name: archive.extractfile(member).read() for member in inside}
-  return lambda name: files[prefix + name]
+    return lambda name: _unzipped(archive, prefix + name)
+  wanted, found = {prefix + name for name in names}, {}
+  with files.opened(path, LARGEST_ARCHIVE) as file:
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    with tarfile.open(fileobj=_Bounded(gzip.GzipFile(fileobj=file) if packed else file), mode="r:") as archive:
+      for member in archive:
+        if member.isfile() and member.name in wanted:
+          found[member.name] = _content(archive.extractfile(member), member.size)
+  return lambda name: found[prefix + name]
+
+
+def _unzipped(archive, name):
+  entry = archive.getinfo(name)
+  if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise OSError(f"'{name}' in it is packed by another method than deflate")
+  with archive.open(entry) as file:
+    return _content(file, entry.file_size)
+
+
+def _content(file, size):
+  """What an unpacking file has, piece by piece: read at once, a small archive could fill the memory."""
+  if size > LARGEST_FILE:
+    raise OSError(f"a file in it has {size:,} bytes, more than {LARGEST_FILE:,}")
+  pieces = []
+  while sum(map(len, pieces)) <= size and (piece := file.read(PIECE)):
+    pieces.append(piece)
+  return b"".join(pieces)
+
+
+class _Bounded:
+  """An unpacked file for `tarfile`, which believes every size that an archive states."""
+
+  def __init__(self, file):
+    self._file = file
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= PIECE:
+      raise OSError(f"a header in it has {size:,} bytes")
+    self._check(self._file.tell() + size)
+    return self._file.read(size)
+
+  def seek(self, offset: int) -> int:
+    self._check(offset)
+    return self._file.seek(offset)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def _check(self, offset):
+    if offset > LARGEST_UNPACKED:
+      raise OSError(f"it has more than {LARGEST_UNPACKED:,} bytes once it is unpacked")
 
 
 def digest_of(path: str | pathlib.Path, algorithm: str) -> str:
   """The hex digest of a file; `algorithm` as in hashlib."""
-  with open(path, "rb") as file:
+  with files.opened(path, LARGEST_ARCHIVE) as file:
     return hashlib.file_digest(file, algorithm).hexdigest()
 
 

@@ -2,6 +2,9 @@
 
 import abc
 import dataclasses
+import math
+import unicodedata
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -36,6 +39,20 @@ class Dataset:
   photographs: bool = True
   bundled: bool = False
 
+  def wrong(self) -> str:
+    """What one of these, read from a file, has that it cannot have; an empty text if it is right."""
+    numbers = {"num_classes": self.num_classes, "image_size": self.image_size, "channels": self.channels}
+    for key, value in {**numbers, **(self.sizes if isinstance(self.sizes, dict) else {"sizes": None})}.items():
+      if type(value) is not int or value < 1:
+        return f"{key} is {value!r}"
+    if type(self.photographs) is not bool or self.test_split not in self.sizes:
+      return "photographs or test_split is wrong"
+    for key, values in (("mean", self.mean), ("std", self.std)):
+      numeric = isinstance(values, tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+      if values is not None and not (numeric and len(values) == self.channels and (key == "mean" or min(values) > 0)):
+        return f"{key} is {values!r}"
+    return ""
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return (self.image_size, self.image_size, self.channels)
@@ -61,6 +78,18 @@ class Split:
   def put(self, sharding: jax.sharding.Sharding) -> "Split":
     """The same split, placed by a sharding."""
     return Split(*jax.device_put((self.images, self.labels), sharding))
+
+
+def check_names(where: object, classes: Sequence[str]) -> None:
+  """Refuses names of classes that cannot be told apart, or printed, later."""
+  known: dict[str, str] = {}
+  for name in classes:
+    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    if not name.isprintable() or name != name.strip():
+      raise Refusal(f"class {name!r} in {where} has blanks at an end or characters that cannot be printed; rename it.")
+    if plain in known:
+      raise Refusal(f"classes '{known[plain]}' and '{name}' in {where} differ in blanks or case alone; rename one.")
+    known[plain] = name
 
 
 class Data(abc.ABC):

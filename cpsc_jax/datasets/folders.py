@@ -1,20 +1,23 @@
 """The user's own images, in train/CLASS/ and test/CLASS/: all of them are read and checked before any is written."""
 
+import io
 import os
 import pathlib
-import unicodedata
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from cpsc_jax import files
 from cpsc_jax.datasets import Dataset
+from cpsc_jax.datasets.data import check_names
 from cpsc_jax.errors import Refusal, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREYSCALE = ("1", "L", "LA")
 MODES = {None: None, 1: "L", 3: "RGB"}  # by channels
 LARGEST_IMAGE, LARGEST_SIDE = 2**26, 2**12  # pixels of an image that is read; of a side to which images are resized
+LARGEST_FILE = 2**28  # bytes
 LAYOUT = "test/CLASS/*.png|jpg|jpeg and, to train a teacher, train/CLASS/* of the same classes"
 
 
@@ -55,20 +58,22 @@ def survey(
     raise Refusal(f"--image_size must be at least 1 and at most {LARGEST_SIDE:,}, got {image_size}.")
   if not folder.is_dir():
     raise Refusal(f"{folder} is not a folder; for a data set of your own, --from takes a folder with {LAYOUT}.")
-  splits = [split for split in ("train", "test") if split == "test" or (folder / split).is_dir()]
-  files = {split: list_images(folder / split) for split in splits}
-  classes = sorted(files["test"])
-  for name in sorted(files["test"].keys() ^ files[splits[0]].keys()):
+  splits = [split for split in ("train", "test") if split == "test" or os.path.lexists(folder / split)]
+  found = {split: list_images(folder / split) for split in splits}
+  classes = sorted(found["test"])
+  for name in sorted(found["test"].keys() ^ found[splits[0]].keys()):
     raise Refusal(
       f"class '{name}' is only in one of {folder}/train and {folder}/test; both must have the same classes."
     )
-  _check_names(folder, classes)
+  check_names(folder, classes)
   if len(classes) < 2:
     raise Refusal(f"{folder / 'test'} must have at least two class folders, got {len(classes)}.")
   rows = {
     split: [(path, label) for label, name in enumerate(classes) for path in listed[name]]
-    for split, listed in files.items()
+    for split, listed in found.items()
   }
+  if image_size:  # before any is read
+    _check_memory(folder, image_size**2 * (channels or 1) * max(map(len, rows.values())))
   side, greyscale, mean, std = read_all(rows, image_size, MODES[channels])
   channels = channels or (1 if greyscale else 3)
   _check_memory(folder, side**2 * channels * max(map(len, rows.values())))
@@ -84,40 +89,29 @@ def survey(
   return Survey(spec, classes, rows)
 
 
-def _check_names(folder: pathlib.Path, classes: list[str]) -> None:
-  """Refuses names that cannot be told apart, or printed, later."""
-  known: dict[str, str] = {}
-  for name in classes:
-    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-    if not name.isprintable() or name != name.strip():
-      raise Refusal(f"class {name!r} in {folder} has blanks at an end or characters that cannot be printed; rename it.")
-    if plain in known:
-      raise Refusal(f"classes '{known[plain]}' and '{name}' in {folder} differ in blanks or case alone; rename one.")
-    known[plain] = name
-
-
 def _check_memory(folder: pathlib.Path, needed: int) -> None:
-  """Refuses a split that a run could not hold, as it is loaded whole."""
-  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  if needed > there:
+  """Refuses a split that a run could not hold: it is read whole, and then copied to the device."""
+  there = files.memory()
+  if 2 * needed > there:
     raise Refusal(
-      f"the images of {folder} take {needed / 2**30:,.1f} GiB and this machine has {there / 2**30:,.1f} GiB of memory;"
-      " use fewer, or a smaller --image_size."
+      f"the images of {folder} take {needed / 2**30:,.1f} GiB, twice while they are loaded, and this machine has"
+      f" {there / 2**30:,.1f} GiB of memory; use fewer, or a smaller --image_size."
     )
 
 
 def list_images(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """{class: [path]} of folder/CLASS/*, without hidden files; any other file that is not an image is refused."""
   if not folder.is_dir():
-    raise Refusal(f"{folder} does not exist; --from takes a folder with {LAYOUT}.")
+    wrong = "is no folder" if os.path.lexists(folder) else "does not exist"
+    raise Refusal(f"{folder} {wrong}; --from takes a folder with {LAYOUT}.")
   listed = {}
   for path in _visible(folder):
     if not path.is_dir():
       raise Refusal(f"{path} is not in a class folder; move it to {folder}/CLASS/.")
     listed[path.name] = _visible(path)
     for image in listed[path.name]:
-      if image.suffix.lower() not in SUFFIXES or image.is_dir():
-        raise Refusal(f"{image} does not end in {', '.join(SUFFIXES)}; convert it or move it away.")
+      if image.suffix.lower() not in SUFFIXES or not image.is_file():
+        raise Refusal(f"{image} is no file that ends in {', '.join(SUFFIXES)}; convert it or move it away.")
     if not listed[path.name]:
       raise Refusal(f"{path} has no images; add some or remove it.")
   return listed
@@ -171,6 +165,8 @@ def read(
   """
   where = where or file
   try:
+    if isinstance(file, str | pathlib.Path):
+      file = io.BytesIO(files.read_bytes(file, LARGEST_FILE))
     with Image.open(file, formats=("PNG", "JPEG")) as image:
       deep = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow would drop the lower half of each
       if image.mode[0] in "IF" or deep:

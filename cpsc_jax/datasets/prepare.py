@@ -109,16 +109,25 @@ def write(
 
 @contextlib.contextmanager
 def scratch_folder(name: str, data_dir: str) -> Iterator[str]:
-  """An empty folder in `data_dir` for preparing `name`, one process at a time; what a killed one left is deleted."""
+  """An empty folder in `data_dir` for preparing `name`, one process at a time; what a killed one left is deleted.
+
+  If `data_dir` is made here and nothing comes into it, it is removed again.
+  """
+  new = not os.path.isdir(data_dir)
   os.makedirs(data_dir, exist_ok=True)
   scratch, lock = (os.path.join(data_dir, f".{name}.{kind}") for kind in ("partial", "lock"))
-  with lock_file(lock):
-    shutil.rmtree(scratch, ignore_errors=True)
-    os.mkdir(scratch)
-    try:
-      yield scratch
-    finally:
+  try:
+    with lock_file(lock):
       shutil.rmtree(scratch, ignore_errors=True)
+      os.mkdir(scratch)
+      try:
+        yield scratch
+      finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+  finally:
+    if new:
+      with contextlib.suppress(OSError):  # it is not empty
+        os.rmdir(data_dir)
 
 
 @contextlib.contextmanager

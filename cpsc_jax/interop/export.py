@@ -8,6 +8,7 @@ The written file is read back and compared with the JAX net; if they differ, not
 import importlib.util
 import json
 import pathlib
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors
 
-from cpsc_jax import checkpoint, nets, saved
+from cpsc_jax import checkpoint, datasets, nets, saved
 from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal
-from cpsc_jax.interop import convert
+from cpsc_jax.interop import convert, torch_nets
 from cpsc_jax.progress import say
 
 TOLERANCE = 1e-4  # of the largest output
@@ -49,7 +50,11 @@ def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float
   if missing:
     raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install 'cpsc_jax[{form.extra}]'")
   # On the CPU: accelerators may round float32 products to fewer bits, a difference that is not the file's.
-  with saved.new_file(out) as scratch, jax.default_device(jax.local_devices(backend="cpu")[0]):
+  beside = [torch_nets.beside(out)] if name == "torch" else []
+  with (
+    saved.new_files(out, *beside) as (scratch, *_),
+    jax.default_device(jax.local_devices(backend="cpu")[0]),
+  ):
     net = net._replace(variables=jax.tree.map(jnp.asarray, jax.device_get(net.variables)))
     difference = form.write(scratch, net)
     if not difference <= TOLERANCE:
@@ -58,21 +63,45 @@ def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float
         " nothing was written. Try another --format."
       )
   compared = f"outputs differ from the JAX net's by at most {difference:.1e} of the largest output"
-  if name in WEIGHTS:
+  if name == "safetensors":
     compared = "weights bit-identical to the JAX net's"
   say(f"{out}: {net.card['net']}, {nets.count_parameters(net.variables['params']):,} parameters; {compared}")
-  say(f"images are (pixels / 255 - mean) / std with mean {net.card['mean']} and std {net.card['std']}")
+  if name == "torch":
+    say(f"{beside[0]} is its PyTorch module, which normalises images in [0, 1] itself; these lines call it once:")
+    for line in torch_nets.lines(net, out):
+      say(f"    {line}")
+  else:
+    say(f"images are (pixels / 255 - mean) / std with mean {net.card['mean']} and std {net.card['std']}")
   return difference
 
 
 def write_torch(path: pathlib.Path, net: saved.SavedNet) -> float:
-  """A PyTorch state dict, as torch.save writes it; returns 0, or infinity if it reads back differently."""
+  """A PyTorch state dict, as torch.save writes it, and beside it a PyTorch module (`torch_nets`) that loads it.
+
+  Returns the module's `largest_difference`, or infinity if the weights read back differently.
+  """
   import torch
 
   state_dict = convert.to_torch(net.card["net"], net.variables)
   torch.save({key: torch.from_numpy(array.copy()) for key, array in state_dict.items()}, path)
   back = torch.load(path, weights_only=True)
-  return weights_differ(net, {key: tensor.numpy() for key, tensor in back.items()})
+  differ = weights_differ(net, {key: tensor.numpy() for key, tensor in back.items()})
+  module = torch_nets.beside(path)
+  module.write_text(torch_nets.source(net, path.name), encoding="utf-8")
+  model = runpy.run_path(str(module))["load"]()
+  mean, std = (np.asarray(net.card[key], np.float32) for key in ("mean", "std"))
+
+  @torch.no_grad()
+  def run(*arrays):
+    if net.is_generator:
+      return model(*map(torch.from_numpy, arrays)).numpy().transpose(0, 2, 3, 1)
+    pixels = (arrays[0] * std + mean).transpose(0, 3, 1, 2)
+    return model(torch.from_numpy(pixels)).numpy()
+
+  def pixels_of(images):
+    return datasets.denormalise(images, mean, std)
+
+  return max(differ, largest_difference(net, run, pixels_of if net.is_generator else np.asarray))
 
 
 def write_safetensors(path: pathlib.Path, net: saved.SavedNet) -> float:
@@ -133,7 +162,6 @@ FORMATS = {
   "onnx": Format(("onnx", "onnxruntime"), "onnx", write_onnx),
   "stablehlo": Format(("flatbuffers",), "stablehlo", write_stablehlo),
 }
-WEIGHTS = ("torch", "safetensors")
 SUFFIXES = {".pth": "torch", ".pt": "torch", **{f".{name}": name for name in FORMATS if name != "torch"}}
 
 
@@ -174,15 +202,17 @@ def weights_differ(net: saved.SavedNet, state_dict: dict[str, np.ndarray]) -> fl
   return 0.0 if checkpoint.digest(back) == net.card["digest"] else float("inf")
 
 
-def largest_difference(net: saved.SavedNet, run: Callable[..., Any]) -> float:
-  """Largest |run(*inputs) - net(*inputs)| over batches of sizes BATCHES, divided by the net's largest |output|."""
+def largest_difference(
+  net: saved.SavedNet, run: Callable[..., Any], after: Callable[[Any], np.ndarray] = np.asarray
+) -> float:
+  """Largest |run(*inputs) - after(net(*inputs))| over batches of sizes BATCHES, divided by the largest |after(...)|."""
   inputs, _, call = signature(net)
   random, size, classes = np.random.default_rng(0), max(BATCHES), net.card["num_classes"]
   arrays = [
     random.standard_normal((size, *shape), dtype) if shape else random.integers(classes, size=size, dtype=dtype)
     for shape, dtype in inputs.values()
   ]
-  ours = np.asarray(jax.jit(call)(net.variables, *arrays))
+  ours = after(jax.jit(call)(net.variables, *arrays))
   theirs = [np.asarray(run(*(a[:n] for a in arrays))) for n in BATCHES]
   if any(t.shape != ours[:n].shape for n, t in zip(BATCHES, theirs, strict=True)):
     return float("inf")

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cpsc_jax import streams
 from cpsc_jax.errors import Refusal
 from cpsc_jax.nets import resnet, vgg
-from cpsc_jax.nets.adapted import Adapted, adapt
+from cpsc_jax.nets.adapted import Adapted, adapt, takes_flag
 from cpsc_jax.nets.batch_norm import in_parts
 from cpsc_jax.nets.generators import (
   PLAIN,
@@ -66,6 +66,8 @@ NETS: dict[str, Callable[..., nn.Module]] = {
 
 THIN = {"cifar": CifarResNet, "small": SmallResNet}
 
+DEEPEST, WIDEST = 1204, 100  # of nets that are named by a number: ones beyond would take hours to build
+
 GENERATORS = {"cifar": CifarGenerator, "dcgan": DCGANGenerator, "pixels": Pixels}
 
 
@@ -77,17 +79,22 @@ def classifier(name: str, num_classes: int, dtype: Dtype = None) -> nn.Module:
   Raises:
     Refusal: the name is none of these.
   """
-  wide = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
+  wide = re.fullmatch(r"wrn_([0-9]{1,9})_([0-9]{1,9})", name)
   if wide:
     depth, widen = map(int, wide.groups())
-    if depth < 10 or (depth - 4) % 6 or widen < 1:
-      raise Refusal(f"no net '{name}': the depth of a wide ResNet is 6n + 4 (10, 16, 22, 28, 40, ...), its width >= 1.")
+    if not 10 <= depth <= DEEPEST or (depth - 4) % 6 or not 1 <= widen <= WIDEST:
+      raise Refusal(
+        f"no net '{name}': the depth of a wide ResNet is 6n + 4 (10, 16, 22, 28, 40, ..., up to {DEEPEST}), its width 1"
+        f" to {WIDEST}."
+      )
     return WideResNet(depth, widen, num_classes, dtype)
-  thin = re.fullmatch(r"(cifar|small)_resnet(\d+)", name)
+  thin = re.fullmatch(r"(cifar|small)_resnet([0-9]{1,9})", name)
   if thin:
     depth = int(thin[2])
-    if depth < 8 or (depth - 2) % 6:
-      raise Refusal(f"no net '{name}': the depth of such a ResNet is 6n + 2 (8, 14, 20, 26, 32, 44, 56, 110, ...).")
+    if not 8 <= depth <= DEEPEST or (depth - 2) % 6:
+      raise Refusal(
+        f"no net '{name}': the depth of such a ResNet is 6n + 2 (8, 14, 20, 26, 32, 44, 56, 110, ..., up to 1202)."
+      )
     return THIN[thin[1]](depth, num_classes, dtype)
   if name not in NETS:
     others = "wrn_D_K, cifar_resnetD, small_resnetD"
@@ -343,6 +350,7 @@ __all__ = [
   "output_shapes",
   "outputs",
   "suggestion",
+  "takes_flag",
   "with_classifier",
   "with_embedding",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cpsc_jax.errors import Refusal
 from cpsc_jax.interop.convert.mapping import ROWS, TRANSPOSED, Naming
 
-MOST_BLOCKS = 200  # in a stage; a hostile file could otherwise make us build a net for hours
+MOST_BLOCKS = 200  # in a stage, as the deepest of these nets have; a file could otherwise make us build one for hours
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # as most public CIFAR code has it
 
@@ -125,9 +125,16 @@ def known_nets() -> str:
 
 
 def _count(shapes, prefix, suffix=""):
-  """How many different numbers follow `prefix` in the keys that end with `suffix`, up to MOST_BLOCKS."""
+  """How many different numbers follow `prefix` in the keys that end with `suffix`.
+
+  Raises:
+    Refusal: more than MOST_BLOCKS.
+  """
   keys = (key for key in shapes if key.startswith(prefix) and key.endswith(suffix))
-  return min(len({key.removeprefix(prefix).split(".")[0] for key in keys}), MOST_BLOCKS)
+  count = len({key.removeprefix(prefix).split(".")[0] for key in keys})
+  if count > MOST_BLOCKS:
+    raise Refusal(f"{count:,} blocks are named '{prefix}N', and no supported net has more than {MOST_BLOCKS}.")
+  return count
 
 
 def _size(shapes, key, axis=0):

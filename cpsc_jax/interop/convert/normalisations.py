@@ -29,6 +29,7 @@ KNOWN: dict[str, Statistics] = {
   "0 to 1": ((0.0,), (1.0,)),
 }
 NUMBER, FEWEST = 1000, 50  # images that are looked at, and that are needed
+AT_ONCE, MOST = 250 * 32**2, 2**28  # pixels of images that are looked at together; bytes that are read from a folder
 CLOSE = 0.01  # the largest distance at which a normalisation can be the right one
 APART = 3.0  # how much farther the next must be for a sure choice
 DEAD = 1e-6  # variance of a channel that says nothing
@@ -79,16 +80,23 @@ def rank(net: Any, variables: Tree, images: np.ndarray, tried: Mapping[str, Stat
   stored = layers.stored[first]
 
   @jax.jit
-  def distance(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    x = (images / 255 - mean) / std
-    seen = nets.forward_observed(net, variables, x).statistics.seen[first]
-    each = (
-      jnp.log(stored["var"] / seen["var"]) + (seen["var"] + (seen["mean"] - stored["mean"]) ** 2) / stored["var"] - 1
-    )
+  def distance(batches: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    def moments(batch):
+      seen = nets.forward_observed(net, variables, (batch / 255 - mean) / std).statistics.seen[first]
+      return seen["mean"], seen["var"]
+
+    means, variances = jax.lax.map(moments, batches)  # one by one: images of ImageNet's size would fill the memory
+    mean, var = means.mean(0), variances.mean(0) + means.var(0)
+    each = jnp.log(stored["var"] / var) + (var + (mean - stored["mean"]) ** 2) / stored["var"] - 1
     return jnp.mean(each / 2, where=stored["var"] > DEAD)
 
-  chosen = images[np.linspace(0, len(images) - 1, min(NUMBER, len(images))).astype(int)]
-  views = {False: jnp.asarray(chosen, jnp.float32), True: jnp.asarray(augmented(chosen), jnp.float32)}
+  number = min(NUMBER, len(images))
+  batch = min(max(1, AT_ONCE // images.shape[1] ** 2), number)
+  chosen = images[np.linspace(0, len(images) - 1, number // batch * batch).astype(int)]
+  views = {
+    cropped: jnp.asarray(view.reshape(-1, batch, *images.shape[1:]))
+    for cropped, view in ((False, chosen), (True, augmented(chosen)))
+  }
   found = []
   for name, (mean, std) in tried.items():
     distances = {cropped: float(distance(x, jnp.asarray(mean), jnp.asarray(std))) for cropped, x in views.items()}
@@ -125,7 +133,8 @@ def images_below(folder: str | pathlib.Path, image_size: int, channels: int) -> 
   mode = folders.MODES.get(channels)
   if mode is None:
     raise Refusal(f"--images reads images of 1 or 3 channels, and this net takes {channels}; give --mean and --std.")
-  some = paths[:: -(-len(paths) // NUMBER)]
+  most = max(FEWEST, min(NUMBER, MOST // (image_size**2 * channels)))
+  some = paths[:: -(-len(paths) // most)]
   read = [np.asarray(folders.read(path, image_size, mode)) for path in some]
   return np.stack(read).reshape(len(some), image_size, image_size, channels)
 

@@ -13,9 +13,12 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 
+from cpsc_jax import files
 from cpsc_jax.errors import Refusal
 
 MOST_TENSORS = 10_000
+MOST_ENTRIES = 15_000  # of an archive: tensors, those of an optimiser among them, and a few small files
+LARGEST_HEADER = 2**24  # bytes of the header of a safetensors file
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # added by DataParallel, torch.compile and wrapper modules
 SAFETENSORS_TYPES = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
@@ -64,13 +67,15 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
   if not path.is_file():
     raise Refusal(f"no file '{path}'; give a PyTorch checkpoint (.pth, .pt, .th, .ckpt) or a .safetensors file.")
   try:
-    with path.open("rb") as file:
+    with files.opened(path, files.memory() // 3) as file:  # it is read, and its arrays are copied
       start = file.read(9)
       file.seek(0)
       sha256 = hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
-    raise Refusal(f"cannot read {path} ({error.strerror}).") from error
+    raise Refusal(f"cannot read {path} ({error.strerror}); give a file that this machine's memory holds.") from error
   is_safetensors = path.suffix == ".safetensors" or start[8:] == b"{"
+  if is_safetensors and int.from_bytes(start[:8], "little") > LARGEST_HEADER:
+    raise Refusal(f"{path} is not a valid safetensors file: its header is too large; download it again.")
   if start.startswith(b"PK") or zipfile.is_zipfile(path):
     _check_zip(path)
   arrays = (_read_safetensors if is_safetensors else _read_torch)(path)
@@ -82,7 +87,7 @@ def _read_safetensors(path):
 
   try:
     entries = deserialize(path.read_bytes())
-  except (SafetensorError, ValueError) as error:
+  except (SafetensorError, ValueError, OverflowError) as error:
     raise Refusal(f"{path} is not a valid safetensors file ({_reason(error)}); download it again.") from error
   arrays = {}
   for key, entry in entries:
@@ -151,6 +156,8 @@ def _check_zip(path):
 
 
 def _zip_fault(entries, size):
+  if len(entries) > MOST_ENTRIES:
+    return f"has {len(entries):,} entries, more than {MOST_ENTRIES:,}, unlike any supported net's"
   names = [entry.filename for entry in entries]
   ends = [entry.header_offset + 30 + len(entry.orig_filename.encode()) + entry.compress_size for entry in entries]
   starts = [entry.header_offset for entry in entries[1:]] + [size]
