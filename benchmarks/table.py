@@ -34,6 +34,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from benchmarks import plan as plans
 from benchmarks.plan import Plan, Row, folder
+from cpsc_jax import checksums
 from cpsc_jax.config import waiting_epochs
 from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
@@ -62,6 +63,7 @@ def finished(out: pathlib.Path, plan: Plan) -> dict[str, list[dict]]:
     for seed in row.seeds:
       workdir = folder(out, plan, row, seed)
       if (workdir / "results.json").exists():
+        checksums.check_finished(workdir)
         results = json.loads((workdir / "results.json").read_text())
         origin = json.loads(workdir.with_suffix(".origin.json").read_text())
         results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
@@ -181,6 +183,7 @@ def curve(workdir: pathlib.Path) -> np.ndarray | None:
   """(3, epochs) of a finished run, at its measured epochs: minutes, images that its student has seen, accuracy."""
   if not (workdir / "results.json").exists():
     return None
+  checksums.check_finished(workdir)
   results = json.loads((workdir / "results.json").read_text())
   history = json.loads((workdir / "history.json").read_text())["student"]
   measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cpsc_jax import checksums
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import barrier, broadcast, is_primary
 
@@ -28,9 +29,27 @@ CARD = "net.json"
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std")
 LARGEST = {"num_classes": 2**20, "image_size": 2**13, "channels": 2**10}
 SEAL = "seal"  # sha256 of everything else in the card
-CHECKSUMS = "files.sha256"
+ORIGIN = {  # what a training comes from, and how to call another one
+  "config": "another config",
+  "test_images": "other test images",
+  "training_images": "other training images",
+  "teacher": "another teacher",
+}
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
-NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two after the checksums
+NOT_CHECKED = (
+  checksums.NAME,
+  "_CHECKPOINT_METADATA",
+  "commit_success.txt",
+)  # Orbax writes the last two after the checksums
+
+
+def changed_origin(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+  """What was exchanged since something was begun, in words ("another config and ..."); empty if nothing was.
+
+  Args:
+    begun, now: digests by the names in ORIGIN; what `now` does not have is not compared.
+  """
+  return " and ".join(words for name, words in ORIGIN.items() if name in now and begun.get(name) != now[name])
 
 
 def digest(tree: Tree) -> str:
@@ -53,10 +72,15 @@ class Checkpointer:
   All processes call every method; process 0 writes the checksums, verifies them and decides.
   """
 
-  def __init__(self, directory: str | pathlib.Path):
-    """Raises a Refusal if the directory cannot be written to."""
+  def __init__(self, directory: str | pathlib.Path, origin: Mapping[str, str] | None = None):
+    """Raises a Refusal if the directory cannot be written to.
+
+    Args:
+      origin: what the training comes from, by the names in ORIGIN; written into every checkpoint, and one of another
+        origin is refused.
+    """
     silence_absl()
-    self._directory = pathlib.Path(directory).absolute()
+    self._directory, self._origin = pathlib.Path(directory).absolute(), dict(origin or {})
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
       create=True,
@@ -75,6 +99,7 @@ class Checkpointer:
     with self._writing():
       self._manager.wait_until_finished()
       self._unfinished = self._directory / f"{step}{TEMPORARY}"
+      record = {**record, "origin": self._origin}
       self._manager.save(
         step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
       )
@@ -88,21 +113,25 @@ class Checkpointer:
       like: a tree of arrays, or of their shapes, with the structure, types and shardings of the result.
 
     Raises:
-      Refusal: an intact checkpoint has another structure, other shapes or other types than `like`.
+      Refusal: an intact checkpoint is of another origin, or has another structure, other shapes or other types than
+        `like`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / str(step)
-      damage = verify(folder) if is_primary() else None
+      damage = checksums.verify(folder, written_files(folder)) if is_primary() else None
       if broadcast(bool(damage)):
         if is_primary():
           logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and was deleted: %s", folder, damage)
         self._manager.delete(step)
         continue
       try:
-        found = self._manager.restore(
-          step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
-        )
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        self._check_origin(folder, record.pop("origin", {}))
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).tree, record
+      except Refusal:
+        raise
       except jax.errors.JaxRuntimeError:
         raise
       except Exception as error:  # Orbax raises various types
@@ -110,7 +139,6 @@ class Checkpointer:
           f"the checkpoint {folder} is intact but cannot be restored ({first_line(error)}); it was written by another"
           " version of this program: use that version, or delete the folder to resume from the checkpoint before it."
         ) from error
-      return found.tree, found.record
     return None
 
   def close(self) -> None:
@@ -121,10 +149,17 @@ class Checkpointer:
       finally:
         self._manager.close()
 
+  def _check_origin(self, folder: pathlib.Path, begun: Mapping[str, str]) -> None:
+    if changed := changed_origin(begun, self._origin):
+      raise Refusal(
+        f"the checkpoint {folder} was written with {changed}, or by an older version of this program; put that back, or"
+        " delete the folder to resume from the checkpoint before it."
+      )
+
   def _write_checksums(self) -> None:
     """Called when all files of a step are written, before their folder is renamed to its final name."""
     if is_primary():
-      write_checksums(self._unfinished)
+      checksums.write(self._unfinished, written_files(self._unfinished))
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -139,31 +174,10 @@ class Checkpointer:
       ) from error
 
 
-def write_checksums(folder: pathlib.Path) -> None:
-  """Writes the sha256 of every file under `folder` to its file CHECKSUMS, as `sha256sum --check` reads it."""
-  lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(_checked_files(folder))]
-  (folder / CHECKSUMS).write_text("".join(lines))
-
-
-def verify(folder: pathlib.Path) -> str | None:
-  """What differs between the files under `folder` and their checksums, in words; None if nothing does."""
-  try:
-    want = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
-    have = {str(path.relative_to(folder)): _sha256(path) for path in _checked_files(folder)}
-  except (OSError, ValueError) as error:
-    return first_line(error)
-  names = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-  listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-  return f"not as in {CHECKSUMS}: {listed}" if names else None
-
-
-def _checked_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in NOT_CHECKED)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def written_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{name: path} of all files of a checkpoint that its checksums cover."""
+  files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+  return {name: path for name, path in files.items() if name not in NOT_CHECKED}
 
 
 def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,6 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
     config = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise Refusal(f"cannot read {path} ({error}); restore the file or start a new run in another folder.") from error
-  if not {"name", "arm", "teacher", "generator"} <= set(config):
+  if not isinstance(config, dict) or not {"name", "arm", "teacher", "generator"} <= set(config):
     raise Refusal(f"{path} is not the config of a run; give the --workdir of a run.")
   return config

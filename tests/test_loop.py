@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cpsc_jax import environment
 from cpsc_jax.checkpoint import NOT_CHECKED, Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted, Refusal
 from cpsc_jax.loop import Plan, check_finite, train
@@ -84,6 +85,31 @@ def test_seconds_of_a_resumed_training(tmp_path):
   assert first.earlier_seconds == 0 < first.seconds
   second = train(plan(tmp_path), START)
   assert 0 < second.earlier_seconds < second.seconds and second.earlier_seconds <= first.seconds
+
+
+def test_what_computes_may_change_but_not_in_silence(tmp_path, monkeypatch, capsys):
+  train(plan(tmp_path, epochs=2), START)
+  before = environment.describe()
+  monkeypatch.setattr(environment, "describe", lambda: before | {"jax": "0.0", "devices": 8})
+  for epochs in (4, 6):
+    outcome = train(plan(tmp_path, epochs=epochs), START)
+    assert outcome.environments == [before, before | {"jax": "0.0", "devices": 8}]
+  said = capsys.readouterr().out
+  assert f"devices was 1 and is 8, jax was {before['jax']} and is 0.0; the end will not be bit-identical" in said
+  assert said.count("bit-identical") == 1
+
+
+def test_a_checkpoint_of_another_origin_is_refused(tmp_path):
+  origin = {"config": "a", "teacher": "b"}
+  train(dataclasses.replace(plan(tmp_path, epochs=4), origin=origin), START)
+  for other, words in (
+    ({"config": "c"}, "another config"),
+    ({"teacher": "c"}, "another teacher"),
+    ({"config": "c", "test_images": "d"}, "another config and other test images"),
+  ):
+    with pytest.raises(Refusal, match=rf"checkpoints/4 was written with {words}, or by an older version"):
+      train(dataclasses.replace(plan(tmp_path), origin=origin | other), START)
+  assert train(dataclasses.replace(plan(tmp_path), origin=origin), START).history[-1]["epoch"] == 6
 
 
 def test_the_host_reads_an_epoch_after_the_next_has_begun(tmp_path):
