@@ -153,7 +153,7 @@ ROOMS = {
     "state",
     "teach",
   },
-  "__main__": {"datasets", "interop", "main", "report", "sample"},
+  "__main__": {"datasets", "interop", "main", "report", "sample", "stop"},
 }
 LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
