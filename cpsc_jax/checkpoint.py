@@ -6,12 +6,16 @@ bytes.
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -79,7 +83,7 @@ class Checkpointer:
       origin: what the training comes from, by the names in ORIGIN; written into every checkpoint, and one of another
         origin is refused.
     """
-    silence_absl()
+    silence()
     self._directory, self._origin = pathlib.Path(directory).absolute(), dict(origin or {})
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
@@ -97,6 +101,7 @@ class Checkpointer:
       Refusal: this write or the one before failed, for instance on a full disk; earlier checkpoints are kept.
     """
     with self._writing():
+      silence()
       self._manager.wait_until_finished()
       self._unfinished = self._directory / f"{step}{TEMPORARY}"
       record = {**record, "origin": self._origin}
@@ -161,6 +166,13 @@ class Checkpointer:
     if is_primary():
       checksums.write(self._unfinished, written_files(self._unfinished))
 
+  def latest(self) -> int | None:
+    """The step of the newest checkpoint that is complete, once those under way are; None without any."""
+    with contextlib.suppress(Exception):  # what failed is raised by the next `save` or `close`
+      self._manager.wait_until_finished()
+    steps = [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
+
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
     try:
@@ -168,10 +180,18 @@ class Checkpointer:
     except jax.errors.JaxRuntimeError:
       raise  # another process died
     except Exception as error:  # Orbax raises various types for disks that are full, read-only or gone
+      kept = "nothing was" if self.latest() is None else f"that of epoch {self.latest()} is kept; nothing later was"
       raise Refusal(
-        f"no checkpoint can be written to {self._directory} ({first_line(error)}); what was saved before is kept, and"
-        " the same command resumes from it once the directory can be written to."
+        f"no checkpoint can be written to {self._directory} ({reason(error)}): {kept} saved; the same command resumes"
+        " once the directory can be written to."
       ) from error
+
+
+def reason(error: Exception) -> str:
+  """Why a write failed: the words of the operating system if it has said some, else the exception in one line."""
+  known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT)
+  words = (os.strerror(number) for number in known)
+  return next((each for each in words if each in str(error)), first_line(error))
 
 
 def written_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -193,18 +213,19 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
     The card as written, with the digest of the variables and a seal of its own.
 
   Raises:
-    Refusal: the card lacks a key, or says what cannot be.
+    Refusal: the card lacks a key, or says what cannot be; or the disk is full or cannot be written to.
   """
+  silence()
   if wrong := wrong_in(card):
     raise Refusal(f"the card of the net to be saved in {directory} {wrong}.")
   variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
   card = sealed({**card, "digest": digest(variables)})
-  if is_primary():
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
   try:
+    if is_primary():
+      shutil.rmtree(scratch, ignore_errors=True)
+      scratch.mkdir(parents=True)
     with ocp.StandardCheckpointer() as writer:
       writer.save(scratch / "variables", variables)
       writer.wait_until_finished()
@@ -212,6 +233,10 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
       (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
       shutil.rmtree(directory, ignore_errors=True)
       scratch.rename(directory)
+  except jax.errors.JaxRuntimeError:
+    raise  # another process died
+  except Exception as error:  # Orbax raises various types for disks that are full, read-only or gone
+    raise Refusal(f"{directory} cannot be written ({reason(error)}); mend that and repeat the command.") from error
   finally:
     if is_primary():
       shutil.rmtree(scratch, ignore_errors=True)
@@ -275,7 +300,7 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
   Raises:
     Refusal: no net there, variables of other shapes, or bytes that do not match the digest.
   """
-  silence_absl()
+  silence()
   directory = pathlib.Path(directory).absolute()
   card = read_card(directory)
   try:
@@ -293,6 +318,20 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
   return variables, card
 
 
-def silence_absl() -> None:
-  """Hides the log messages of Orbax; what fails is raised as a Refusal."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+def silence() -> None:
+  """Hides what Orbax and its threads print; what fails is raised as a Refusal."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  _ignore_closed_loops()
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+  """When a write fails, Orbax closes its event loop, and each of its other writes then complains of that."""
+  before = sys.unraisablehook
+
+  def hook(complaint: Any) -> None:
+    if not (isinstance(complaint.exc_value, RuntimeError) and "Event loop is closed" in str(complaint.exc_value)):
+      before(complaint)
+
+  sys.unraisablehook = hook

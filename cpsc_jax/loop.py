@@ -107,7 +107,7 @@ def train(plan: Plan, state: Tree) -> Outcome:
     if (here := environment.describe()) not in environments[-1:]:
       environments.append(here)
     with Steps(plan.title, plan.epochs, len(history)) as progress, _deferred_sigterm(plan) as sigterm_arrived:
-      log = _Log(plan, history, progress)
+      log = _Log(plan, history, progress, checkpointer)
       unread = None
       for epoch in range(len(history) + 1, plan.epochs + 1):
         last = epoch == plan.epochs
@@ -163,8 +163,8 @@ class _Unread:
 class _Log:
   """The history of a training, and what follows it: the event file, the progress shown and plan.on_epoch."""
 
-  def __init__(self, plan: Plan, history: list[dict], progress: Steps):
-    self._plan, self._history, self._progress = plan, history, progress
+  def __init__(self, plan: Plan, history: list[dict], progress: Steps, checkpointer: Checkpointer | None):
+    self._plan, self._history, self._progress, self._checkpointer = plan, history, progress, checkpointer
     writes = plan.workdir is not None and is_primary()
     self._events = Events(plan.workdir / "events", len(history) + 1) if writes else None
 
@@ -172,7 +172,15 @@ class _Log:
     """Waits for an epoch, appends it to the history, and returns whether to stop and whether to save."""
     losses, scores = jax.device_get((unread.losses, unread.scores))
     losses = {player: values for player, values in losses.items() if values.total.size}
-    check_finite(self._plan, unread.epoch, losses)
+    if not_finite := not_finite_in(losses):
+      kept = self._checkpointer.latest() if self._checkpointer else None
+      where = (
+        "" if kept is None else f" the checkpoint of epoch {kept} is kept in {self._plan.workdir / 'checkpoints'};"
+      )
+      raise NonFiniteLoss(
+        f"{self._plan.title}: the loss is not finite in epoch {unread.epoch}, {not_finite};{where} lower the learning"
+        " rate or the weight of the term."
+      )
     terms = {
       f"{player}/{name}": float(np.mean(values)) for player, of in losses.items() for name, values in of.terms.items()
     }
@@ -190,14 +198,12 @@ class _Log:
     return bool(unread.stop), bool(unread.save)
 
 
-def check_finite(plan: Plan, epoch: int, losses: dict[str, Losses]) -> None:
-  """Raises NonFiniteLoss naming the first iteration of an epoch with a value that is not finite, and its terms.
+def not_finite_in(losses: dict[str, Losses]) -> str:
+  """The first iteration of an epoch with a value that is not finite, and its terms; empty if all are finite.
 
   Of a player whose terms are all finite there, the weighted total is named.
 
   Args:
-    plan: for the message.
-    epoch: likewise.
     losses: {player: losses} on the host, arrays (iterations, steps); none of size 0.
   """
   bad = {}  # {name: the first iteration in which it is not finite}
@@ -207,16 +213,12 @@ def check_finite(plan: Plan, epoch: int, losses: dict[str, Losses]) -> None:
       if iterations.size:
         bad[player, name] = iterations[0]
   if not bad:
-    return
+    return ""
   first = min(bad.values())
   there = [key for key, iteration in bad.items() if iteration == first]
   blamed = {player for player, name in there if name != "total"}
   names = [f"{player}/{name}" for player, name in there if name != "total" or player not in blamed]
-  kept = f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'};" if plan.workdir else ""
-  raise NonFiniteLoss(
-    f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term{'s' * (len(names) > 1)}"
-    f" {', '.join(names)};{kept} lower the learning rate or the weight of the term."
-  )
+  return f"step {first + 1}: term{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
   python launch/local_processes.py --processes 2 --devices 4 -- python -m cpsc_jax.main --config configs/digits.py:smoke
 
 For tests and debugging: the processes use CPUs even on a machine with accelerators. When a process dies, it is named,
-the others are stopped before JAX misses it, which it tells with a C++ stack, and the job is restarted from its last checkpoint, up to --restarts times; a refusal (exit code 2), a loss
-that is not finite (3) and Ctrl-C (130) end it. SIGTERM is forwarded to all processes, and the job ends once they have
-saved.
+the others are stopped before JAX misses it, which it tells with a C++ stack, and the job is restarted from its last
+checkpoint, up to --restarts times; a refusal (exit code 2), a loss that is not finite (3) and Ctrl-C (130) end it.
+SIGTERM is forwarded to all processes, and the job ends once they have saved.
 """
 
 import argparse
