@@ -32,9 +32,9 @@ from cpsc_jax.configs import cifar10
 from torch.nn import functional as F
 
 from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
+from cpsc_jax.environment import cpu_model
 from cpsc_jax.interop import convert
 from cpsc_jax.nets import onednn
-from cpsc_jax.record import cpu_model
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Batch
 

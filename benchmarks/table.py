@@ -35,6 +35,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from benchmarks import plan as plans
 from benchmarks.plan import Plan, Row, folder
+from cpsc_jax import checksums
 from cpsc_jax.config import waiting_epochs
 from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
@@ -72,6 +73,7 @@ def kept(workdir: pathlib.Path) -> dict | None:
   """What is kept of a finished run; None of any other folder."""
   if not (workdir / "results.json").exists():
     return None
+  checksums.check_finished(workdir)
   results = json.loads((workdir / "results.json").read_text())
   origin = json.loads(workdir.with_suffix(".origin.json").read_text())
   results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is

@@ -12,7 +12,9 @@ its config. cpsc-jax --list names all configs, methods, nets and data sets; cpsc
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from cpsc_jax import stop
 
 COMMANDS = ("convert", "export", "sample", "prepare", "report")
 
@@ -20,41 +22,41 @@ COMMANDS = ("convert", "export", "sample", "prepare", "report")
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command that the first word names, or an experiment; returns the exit code.
 
-  `argv` is without the program's name; None means sys.argv[1:]. Each command is imported only when it is run.
+  `argv` is without the program's name; None means sys.argv[1:], of a program that ends with this.
   """
-  argv = list(sys.argv[1:] if argv is None else argv)
-  first, rest = (argv[0] if argv else "--help"), argv[1:]
-  match first:
-    case "-h" | "-help" | "--help":
-      print(__doc__)
-      return 0
-    case "convert":
-      from cpsc_jax.interop.convert.__main__ import main as convert
-
-      return convert(rest)
-    case "export":
-      from cpsc_jax.interop.export import main as export
-
-      return export(rest)
-    case "sample":
-      from cpsc_jax.sample import main as sample
-
-      return sample(rest)
-    case "prepare":
-      from cpsc_jax.datasets.prepare import main as prepare
-
-      return prepare(rest)
-    case "report":
-      from cpsc_jax.report import main as report
-
-      return report(rest)
-  if not first.startswith("-"):
+  words = list(sys.argv[1:] if argv is None else argv)
+  first = words[0] if words else "--help"
+  if first in ("-h", "-help", "--help"):
+    print(__doc__)
+    return 0
+  if not first.startswith("-") and first not in COMMANDS:
     commands = ", ".join(COMMANDS)
     print(f"cpsc_jax: unknown command '{first}'; use one of {commands}, or --config for a run.", file=sys.stderr)
     return 2
-  from cpsc_jax.main import main as run
+  with stop.at_once():
+    command = imported(first)
+  code = command(words[1:] if first in COMMANDS else ["cpsc-jax", *words])
+  if argv is None:
+    stop.ignored()
+  return code
 
-  return run(["cpsc-jax", *argv])
+
+def imported(name: str) -> Callable[[Sequence[str]], int]:
+  """The function of a command, of an experiment for other names. Each is imported only when it is run."""
+  match name:
+    case "convert":
+      from cpsc_jax.interop.convert.__main__ import main
+    case "export":
+      from cpsc_jax.interop.export import main
+    case "sample":
+      from cpsc_jax.sample import main
+    case "prepare":
+      from cpsc_jax.datasets.prepare import main
+    case "report":
+      from cpsc_jax.report import main
+    case _:
+      from cpsc_jax.main import main
+  return main
 
 
 if __name__ == "__main__":

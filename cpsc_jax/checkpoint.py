@@ -6,12 +6,16 @@ bytes.
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cpsc_jax import files
+from cpsc_jax import checksums, files
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import barrier, broadcast, is_primary
 
@@ -31,9 +35,27 @@ LARGEST = {"num_classes": 2**20, "image_size": 2**13, "channels": 2**10}
 LONGEST_NAME = 100
 SPARE = 2**24  # bytes that a saved net may have beside its arrays
 SEAL = "seal"  # sha256 of everything else in the card
-CHECKSUMS = "files.sha256"
+ORIGIN = {  # what a training comes from, and how to call another one
+  "config": "another config",
+  "test_images": "other test images",
+  "training_images": "other training images",
+  "teacher": "another teacher",
+}
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
-NOT_CHECKED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two after the checksums
+NOT_CHECKED = (
+  checksums.NAME,
+  "_CHECKPOINT_METADATA",
+  "commit_success.txt",
+)  # Orbax writes the last two after the checksums
+
+
+def changed_origin(begun: Mapping[str, str], now: Mapping[str, str]) -> str:
+  """What was exchanged since something was begun, in words ("another config and ..."); empty if nothing was.
+
+  Args:
+    begun, now: digests by the names in ORIGIN; what `now` does not have is not compared.
+  """
+  return " and ".join(words for name, words in ORIGIN.items() if name in now and begun.get(name) != now[name])
 
 
 def digest(tree: Tree) -> str:
@@ -56,10 +78,15 @@ class Checkpointer:
   All processes call every method; process 0 writes the checksums, verifies them and decides.
   """
 
-  def __init__(self, directory: str | pathlib.Path):
-    """Raises a Refusal if the directory cannot be written to."""
-    silence_absl()
-    self._directory = pathlib.Path(directory).absolute()
+  def __init__(self, directory: str | pathlib.Path, origin: Mapping[str, str] | None = None):
+    """Raises a Refusal if the directory cannot be written to.
+
+    Args:
+      origin: what the training comes from, by the names in ORIGIN; written into every checkpoint, and one of another
+        origin is refused.
+    """
+    silence()
+    self._directory, self._origin = pathlib.Path(directory).absolute(), dict(origin or {})
     options = ocp.CheckpointManagerOptions(
       max_to_keep=2,
       create=True,
@@ -76,8 +103,10 @@ class Checkpointer:
       Refusal: this write or the one before failed, for instance on a full disk; earlier checkpoints are kept.
     """
     with self._writing():
+      silence()
       self._manager.wait_until_finished()
       self._unfinished = self._directory / f"{step}{TEMPORARY}"
+      record = {**record, "origin": self._origin}
       self._manager.save(
         step, args=ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
       )
@@ -91,21 +120,25 @@ class Checkpointer:
       like: a tree of arrays, or of their shapes, with the structure, types and shardings of the result.
 
     Raises:
-      Refusal: an intact checkpoint has another structure, other shapes or other types than `like`.
+      Refusal: an intact checkpoint is of another origin, or has another structure, other shapes or other types than
+        `like`.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / str(step)
-      damage = verify(folder) if is_primary() else None
+      damage = checksums.verify(folder, written_files(folder)) if is_primary() else None
       if broadcast(bool(damage)):
         if is_primary():
           logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and was deleted: %s", folder, damage)
         self._manager.delete(step)
         continue
       try:
-        found = self._manager.restore(
-          step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
-        )
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        self._check_origin(folder, record.pop("origin", {}))
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).tree, record
+      except Refusal:
+        raise
       except jax.errors.JaxRuntimeError:
         raise
       except Exception as error:  # Orbax raises various types
@@ -113,7 +146,6 @@ class Checkpointer:
           f"the checkpoint {folder} is intact but cannot be restored ({first_line(error)}); it was written by another"
           " version of this program: use that version, or delete the folder to resume from the checkpoint before it."
         ) from error
-      return found.tree, found.record
     return None
 
   def close(self) -> None:
@@ -124,10 +156,24 @@ class Checkpointer:
       finally:
         self._manager.close()
 
+  def _check_origin(self, folder: pathlib.Path, begun: Mapping[str, str]) -> None:
+    if changed := changed_origin(begun, self._origin):
+      raise Refusal(
+        f"the checkpoint {folder} was written with {changed}, or by an older version of this program; put that back, or"
+        " delete the folder to resume from the checkpoint before it."
+      )
+
   def _write_checksums(self) -> None:
     """Called when all files of a step are written, before their folder is renamed to its final name."""
     if is_primary():
-      write_checksums(self._unfinished)
+      checksums.write(self._unfinished, written_files(self._unfinished))
+
+  def latest(self) -> int | None:
+    """The step of the newest checkpoint that is complete, once those under way are; None without any."""
+    with contextlib.suppress(Exception):  # what failed is raised by the next `save` or `close`
+      self._manager.wait_until_finished()
+    steps = [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -136,37 +182,24 @@ class Checkpointer:
     except jax.errors.JaxRuntimeError:
       raise  # another process died
     except Exception as error:  # Orbax raises various types for disks that are full, read-only or gone
+      kept = "nothing was" if self.latest() is None else f"that of epoch {self.latest()} is kept; nothing later was"
       raise Refusal(
-        f"no checkpoint can be written to {self._directory} ({first_line(error)}); what was saved before is kept, and"
-        " the same command resumes from it once the directory can be written to."
+        f"no checkpoint can be written to {self._directory} ({reason(error)}): {kept} saved; the same command resumes"
+        " once the directory can be written to."
       ) from error
 
 
-def write_checksums(folder: pathlib.Path) -> None:
-  """Writes the sha256 of every file under `folder` to its file CHECKSUMS, as `sha256sum --check` reads it."""
-  lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(_checked_files(folder))]
-  (folder / CHECKSUMS).write_text("".join(lines))
+def reason(error: Exception) -> str:
+  """Why a write failed: the words of the operating system if it has said some, else the exception in one line."""
+  known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT)
+  words = (os.strerror(number) for number in known)
+  return next((each for each in words if each in str(error)), first_line(error))
 
 
-def verify(folder: pathlib.Path) -> str | None:
-  """What differs between the files under `folder` and their checksums, in words; None if nothing does."""
-  try:
-    want = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
-    have = {str(path.relative_to(folder)): _sha256(path) for path in _checked_files(folder)}
-  except (OSError, ValueError) as error:
-    return first_line(error)
-  names = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-  listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-  return f"not as in {CHECKSUMS}: {listed}" if names else None
-
-
-def _checked_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  return (path for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in NOT_CHECKED)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def written_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{name: path} of all files of a checkpoint that its checksums cover."""
+  files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+  return {name: path for name, path in files.items() if name not in NOT_CHECKED}
 
 
 def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,26 +215,31 @@ def save_net(directory: str | pathlib.Path, variables: Tree, card: Mapping[str, 
     The card as written, with the digest of the variables and a seal of its own.
 
   Raises:
-    Refusal: the card lacks a key, or says what cannot be.
+    Refusal: the card lacks a key, or says what cannot be; or the disk is full or cannot be written to.
   """
+  silence()
   if wrong := wrong_in(card):
     raise Refusal(f"the card of the net to be saved in {directory} {wrong}.")
   variables = {"batch_stats": {}, **variables}
   directory = pathlib.Path(directory).absolute()
   scratch = directory.with_name(directory.name + ".partial")
   card = sealed({**card, "digest": digest(variables)})
-  if is_primary():
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
   try:
+    if is_primary():
+      shutil.rmtree(scratch, ignore_errors=True)
+      scratch.mkdir(parents=True)
     with ocp.StandardCheckpointer() as writer:
       writer.save(scratch / "variables", variables)
       writer.wait_until_finished()
     if is_primary():
-      write_checksums(scratch / "variables")
+      checksums.write(scratch / "variables", written_files(scratch / "variables"))
       (scratch / CARD).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
       shutil.rmtree(directory, ignore_errors=True)
       scratch.rename(directory)
+  except jax.errors.JaxRuntimeError:
+    raise  # another process died
+  except Exception as error:  # Orbax raises various types for disks that are full, read-only or gone
+    raise Refusal(f"{directory} cannot be written ({reason(error)}); mend that and repeat the command.") from error
   finally:
     if is_primary():
       shutil.rmtree(scratch, ignore_errors=True)
@@ -279,12 +317,12 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
   Raises:
     Refusal: no net there, variables of other shapes, or bytes that do not match the digest.
   """
-  silence_absl()
+  silence()
   directory = pathlib.Path(directory).absolute()
   card = read_card(directory)
   try:
     _check_files(directory / "variables", sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)))
-    if damage := verify(directory / "variables"):  # Orbax fails on damaged arrays with many a message of its own
+    if damage := _damage(directory / "variables"):  # Orbax fails on damaged arrays with many a message of its own
       raise ValueError(damage)
     with ocp.StandardCheckpointer() as reader:
       _check_shapes(reader.metadata(directory / "variables").item_metadata.tree, like)
@@ -299,6 +337,11 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
       " again."
     )
   return variables, card
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+  """What differs from the checksums; None if nothing does, or if none were written, as before they were."""
+  return checksums.verify(folder, written_files(folder)) if (folder / checksums.NAME).exists() else None
 
 
 def _check_files(folder: pathlib.Path, needed: int) -> None:
@@ -325,6 +368,20 @@ def _check_shapes(stored: Tree, like: Tree) -> None:
       raise ValueError(f"{name} has shape {shape} in pieces of {piece}, not {leaf.shape}")
 
 
-def silence_absl() -> None:
-  """Hides the log messages of Orbax; what fails is raised as a Refusal."""
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+def silence() -> None:
+  """Hides what Orbax and its threads print; what fails is raised as a Refusal."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  _ignore_closed_loops()
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+  """When a write fails, Orbax closes its event loop, and each of its other writes then complains of that."""
+  before = sys.unraisablehook
+
+  def hook(complaint: Any) -> None:
+    if not (isinstance(complaint.exc_value, RuntimeError) and "Event loop is closed" in str(complaint.exc_value)):
+      before(complaint)
+
+  sys.unraisablehook = hook

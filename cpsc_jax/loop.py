@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import stop
+from cpsc_jax import environment, stop
 from cpsc_jax.checkpoint import Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted
 from cpsc_jax.events import Events
@@ -39,6 +39,7 @@ class Plan:
     workdir: holds checkpoints/ and events/; None: nothing is written, nothing can be resumed, and SIGTERM ends the
       program as usual.
     on_epoch: is called with every new entry of the history, on every process.
+    origin: digests of what this training comes from (`checkpoint.ORIGIN`); a checkpoint of another origin is refused.
   """
 
   title: str
@@ -51,6 +52,7 @@ class Plan:
   save_minutes: float
   workdir: pathlib.Path | None
   on_epoch: Callable[[dict], None] | None = None
+  origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Outcome:
       means over the epoch of the unweighted terms and of their weighted sums; measured epochs have the scores as well.
     seconds: how long it took, over all processes that it was resumed by.
     earlier_seconds: those of them before this process resumed it.
+    environments: every environment (`environment.describe`) that it was computed in, this one last.
   """
 
   state: Tree
@@ -73,6 +76,7 @@ class Outcome:
   history: list[dict]
   seconds: float
   earlier_seconds: float
+  environments: list[dict]
 
 
 def train(plan: Plan, state: Tree) -> Outcome:
@@ -92,15 +96,18 @@ def train(plan: Plan, state: Tree) -> Outcome:
   started = last_save = time.monotonic()
   best = {"accuracy": jnp.float32(-1), "epoch": jnp.int32(0)}
   best = {**replicate(best, make_mesh()), "variables": jax.tree.map(jnp.copy, plan.variables(state))}
-  history, earlier_seconds = [], 0.0
+  history, earlier_seconds, environments = [], 0.0, []
 
   with _checkpoints(plan) as checkpointer:
     restored = checkpointer and _restore(plan, checkpointer, {"state": state, "best": best})
     if restored:
       tree, record = restored
       state, best, history, earlier_seconds = tree["state"], tree["best"], record["history"], record["seconds"]
+      environments = record["environments"]
+    if (here := environment.describe()) not in environments[-1:]:
+      environments.append(here)
     with Steps(plan.title, plan.epochs, len(history)) as progress, _deferred_sigterm(plan) as sigterm_arrived:
-      log = _Log(plan, history, progress)
+      log = _Log(plan, history, progress, checkpointer)
       unread = None
       for epoch in range(len(history) + 1, plan.epochs + 1):
         last = epoch == plan.epochs
@@ -125,6 +132,7 @@ def train(plan: Plan, state: Tree) -> Outcome:
         if saving:
           last_save = time.monotonic()
           record = {"history": list(history), "seconds": earlier_seconds + last_save - started}
+          record["environments"] = environments
           with working(f"{plan.title}: saving epoch {epoch}"):
             checkpointer.save(epoch, {"state": state, "best": best}, record)
         if stopping or (last and any_process(sigterm_arrived())):
@@ -132,7 +140,7 @@ def train(plan: Plan, state: Tree) -> Outcome:
             f"{plan.title}: stopped by SIGTERM; epoch {epoch} is saved, and the same command resumes after it."
           )
   seconds = earlier_seconds + time.monotonic() - started
-  return Outcome(state, int(best["epoch"]), best["variables"], history, seconds, earlier_seconds)
+  return Outcome(state, int(best["epoch"]), best["variables"], history, seconds, earlier_seconds, environments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +163,8 @@ class _Unread:
 class _Log:
   """The history of a training, and what follows it: the event file, the progress shown and plan.on_epoch."""
 
-  def __init__(self, plan: Plan, history: list[dict], progress: Steps):
-    self._plan, self._history, self._progress = plan, history, progress
+  def __init__(self, plan: Plan, history: list[dict], progress: Steps, checkpointer: Checkpointer | None):
+    self._plan, self._history, self._progress, self._checkpointer = plan, history, progress, checkpointer
     writes = plan.workdir is not None and is_primary()
     self._events = Events(plan.workdir / "events", len(history) + 1) if writes else None
 
@@ -164,7 +172,15 @@ class _Log:
     """Waits for an epoch, appends it to the history, and returns whether to stop and whether to save."""
     losses, scores = jax.device_get((unread.losses, unread.scores))
     losses = {player: values for player, values in losses.items() if values.total.size}
-    check_finite(self._plan, unread.epoch, losses)
+    if not_finite := not_finite_in(losses):
+      kept = self._checkpointer.latest() if self._checkpointer else None
+      where = (
+        "" if kept is None else f" the checkpoint of epoch {kept} is kept in {self._plan.workdir / 'checkpoints'};"
+      )
+      raise NonFiniteLoss(
+        f"{self._plan.title}: the loss is not finite in epoch {unread.epoch}, {not_finite};{where} lower the learning"
+        " rate or the weight of the term."
+      )
     terms = {
       f"{player}/{name}": float(np.mean(values)) for player, of in losses.items() for name, values in of.terms.items()
     }
@@ -182,14 +198,12 @@ class _Log:
     return bool(unread.stop), bool(unread.save)
 
 
-def check_finite(plan: Plan, epoch: int, losses: dict[str, Losses]) -> None:
-  """Raises NonFiniteLoss naming the first iteration of an epoch with a value that is not finite, and its terms.
+def not_finite_in(losses: dict[str, Losses]) -> str:
+  """The first iteration of an epoch with a value that is not finite, and its terms; empty if all are finite.
 
   Of a player whose terms are all finite there, the weighted total is named.
 
   Args:
-    plan: for the message.
-    epoch: likewise.
     losses: {player: losses} on the host, arrays (iterations, steps); none of size 0.
   """
   bad = {}  # {name: the first iteration in which it is not finite}
@@ -199,16 +213,12 @@ def check_finite(plan: Plan, epoch: int, losses: dict[str, Losses]) -> None:
       if iterations.size:
         bad[player, name] = iterations[0]
   if not bad:
-    return
+    return ""
   first = min(bad.values())
   there = [key for key, iteration in bad.items() if iteration == first]
   blamed = {player for player, name in there if name != "total"}
   names = [f"{player}/{name}" for player, name in there if name != "total" or player not in blamed]
-  kept = f" the last good checkpoint is kept in {plan.workdir / 'checkpoints'};" if plan.workdir else ""
-  raise NonFiniteLoss(
-    f"{plan.title}: the loss is not finite in epoch {epoch}, step {first + 1}: term{'s' * (len(names) > 1)}"
-    f" {', '.join(names)};{kept} lower the learning rate or the weight of the term."
-  )
+  return f"step {first + 1}: term{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 @contextlib.contextmanager
@@ -217,7 +227,7 @@ def _checkpoints(plan: Plan) -> Iterator[Checkpointer | None]:
   if plan.workdir is None:
     yield None
     return
-  checkpointer = Checkpointer(plan.workdir / "checkpoints")
+  checkpointer = Checkpointer(plan.workdir / "checkpoints", plan.origin)
   try:
     yield checkpointer
   finally:
@@ -229,7 +239,10 @@ def _restore(plan: Plan, checkpointer: Checkpointer, like: Tree) -> tuple[Tree, 
   with working(f"{plan.title}: reading the last checkpoint"):
     restored = checkpointer.restore(like)
   if restored:
-    say(f"{plan.title}: resuming after epoch {len(restored[1]['history'])} of {plan.epochs}")
+    record = restored[1]
+    say(f"{plan.title}: resuming after epoch {len(record['history'])} of {plan.epochs}")
+    if changed := environment.changes(record["environments"][-1], environment.describe()):
+      say(f"{plan.title}: {changed}; the end will not be bit-identical to that of an uninterrupted run")
   return restored
 
 

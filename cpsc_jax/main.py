@@ -10,9 +10,15 @@ cpsc-jax --config digits [--workdir DIR] [--config.seed=1 ...]
                       every key with the config's values; ready configs, methods, nets and data sets; versions
 """
 
+import contextlib
 import time
 
+from cpsc_jax import stop
+
 STARTED = time.monotonic()
+IMPORTING = contextlib.ExitStack()
+if __name__ == "__main__":
+  IMPORTING.enter_context(stop.at_once())
 
 import ast  # noqa: E402
 import os  # noqa: E402
@@ -28,9 +34,10 @@ import ml_collections  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from cpsc_jax import compile_cache, configs, describe, mesh, schema, stop  # noqa: E402
+from cpsc_jax import compile_cache, configs, describe, mesh, schema  # noqa: E402
 from cpsc_jax.errors import INTERRUPTED, RESUME, Refusal  # noqa: E402
 
+IMPORTING.close()
 CONFIG_FLAGS = ("--config", "-config")
 HELP_FLAGS = {"--help", "-help", "-h"}
 DRY_FLAGS = {"--dry-run", "--dry_run"}
@@ -230,4 +237,6 @@ def last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  code = main()
+  stop.ignored()
+  sys.exit(code)

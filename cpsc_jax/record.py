@@ -3,34 +3,32 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from cpsc_jax import checkpoint, datasets, nets, report, saved
+from cpsc_jax import checkpoint, checksums, datasets, environment, nets, report, saved, schema
 from cpsc_jax import config as configs
 from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Outcome
 from cpsc_jax.mesh import is_primary, primary_first, replicated
-from cpsc_jax.nets import onednn
 from cpsc_jax.pool import Pool
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
 
-PACKAGES = ("cpsc_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
-_DELETE_ORIGIN = "delete it if the teacher is still that of the run's beginning"
+_DELETE_ORIGIN = "delete it if nothing was exchanged since the run was begun; its checkpoints say so themselves"
 _DELETE_RESULTS = "delete that file and run the same command again to have it written anew"
 
 
@@ -65,16 +63,25 @@ def earlier_results(workdir: pathlib.Path | None, config: Config) -> dict | None
     return None
   saved = _read(workdir / "config.json", "choose another --workdir")
   if saved is None:
-    found = [name for name in ("results.json", "origin.json", "checkpoints") if (workdir / name).exists()]
+    left = ("results.json", "origin.json", "checkpoints", "teacher_training")
+    found = [name for name in left if (workdir / name).exists()]
     if found:
       raise Refusal(
         f"{workdir} has {', '.join(found)} of a run but no config.json that says of which; choose another --workdir."
       )
     return None
   if changed := differences(workdir, config, saved):
+    begun = (_read_origin(workdir) or {}).get("config")
+    if begun and begun != _digest_of_config(saved):
+      raise Refusal(
+        f"{workdir / 'config.json'} was changed since the run was begun (it differs in {', '.join(changed)}); restore"
+        " it or choose another --workdir."
+      )
     raise Refusal(
       f"{workdir} belongs to another config (it differs in {', '.join(changed)}); choose another --workdir."
     )
+  if (workdir / "results.json").exists():
+    checksums.check_finished(workdir)
   results = _read(workdir / "results.json", _DELETE_RESULTS)
   if results and config.teacher.checkpoint and _same_teacher(workdir, config) is False:
     raise Refusal(
@@ -97,7 +104,7 @@ def differences(workdir: pathlib.Path, config: Config, saved: dict) -> list[str]
 
 def _same_teacher(workdir: pathlib.Path, config: Config) -> bool | None:
   """Whether the teacher that `config` names is the one that `workdir` was begun with; None where that is not known."""
-  begun = (_read(workdir / "origin.json", _DELETE_ORIGIN) or {}).get("teacher_digest")
+  begun = (_read_origin(workdir) or {}).get("teacher")
   begun = begun or (_read(workdir / "results.json", _DELETE_RESULTS) or {}).get("teacher", {}).get("digest")
   if not (begun and (pathlib.Path(config.teacher.checkpoint) / checkpoint.CARD).exists()):
     return None
@@ -173,25 +180,53 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
     file.truncate(0)
 
 
-def bind(workdir: pathlib.Path | None, teacher: Teacher) -> None:
-  """Makes `workdir` a run of this teacher, on all processes: what is resumed later must have the same.
+def bind(workdir: pathlib.Path | None, origin: Mapping[str, str]) -> None:
+  """Makes `workdir` a run of this origin, on all processes: what is resumed later must have the same.
+
+  Args:
+    origin: digests by the names in `checkpoint.ORIGIN`, as far as they are known yet.
 
   Raises:
-    Refusal: the run was begun with another teacher.
+    Refusal: the run was begun with something else.
   """
   if workdir is not None:
-    primary_first(lambda: _bind(workdir / "origin.json", teacher.card.get("digest")))
+    primary_first(lambda: _bind(workdir, origin))
 
 
-def _bind(path: pathlib.Path, digest: str | None) -> None:
-  origin = _read(path, _DELETE_ORIGIN)
-  if origin is None:
-    write_whole(path, (json.dumps({"teacher_digest": digest, "versions": _versions()}, indent=2) + "\n").encode())
-  elif origin.get("teacher_digest") != digest:
+def _bind(workdir: pathlib.Path, origin: Mapping[str, str]) -> None:
+  begun = _read_origin(workdir) or {}
+  known = {name: value for name, value in origin.items() if name in begun}
+  if changed := checkpoint.changed_origin(begun, known):
     raise Refusal(
-      f"{path.parent} was begun with another teacher (digest {origin.get('teacher_digest')}, now {digest}); put that"
-      " one back or choose another --workdir."
+      f"{workdir} was begun with {changed} (digests in {workdir / 'origin.json'}); put that one back or choose another"
+      " --workdir."
     )
+  if len(known) < len(origin):
+    content = checkpoint.sealed({**begun, **origin, "versions": begun.get("versions") or environment.versions()})
+    write_whole(workdir / "origin.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read_origin(workdir: pathlib.Path) -> dict | None:
+  path = workdir / "origin.json"
+  origin = _read(path, _DELETE_ORIGIN)
+  if origin is not None and origin.get(checkpoint.SEAL) != checkpoint.sealed(origin)[checkpoint.SEAL]:
+    raise Refusal(
+      f"{path} was changed since it was written, or is of an older version: its seal does not fit what it says;"
+      f" restore it, or {_DELETE_ORIGIN}."
+    )
+  return origin
+
+
+def config_digest(workdir: pathlib.Path | None) -> str | None:
+  """sha256 of the config in `workdir`, but for places that may change; None without a workdir."""
+  saved = None if workdir is None else _read(workdir / "config.json", "choose another --workdir")
+  return _digest_of_config(saved) if saved else None
+
+
+def _digest_of_config(saved: dict) -> str:
+  places = ("dataset.data_dir", "teacher.checkpoint")
+  said = {key: value for key, value in schema.flatten(saved) if key not in places}
+  return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def finish(
@@ -235,8 +270,9 @@ def finish(
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "samples": _samples_drawn(config, setup),
     "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},
-    "versions": _versions(),
-    "hardware": hardware(),
+    "versions": environment.versions(),
+    "hardware": environment.hardware(),
+    "environments": _environments(teacher, outcome),
     "config": json.loads(configs.dump(config)),
   }
   started -= teacher.earlier_seconds + outcome.earlier_seconds
@@ -266,11 +302,22 @@ def _write_files(workdir, results, history, sheet, card, held, started) -> None:
     save_arrays(workdir / "samples.npz", images=images)
   if held:
     save_arrays(workdir / "pool.npz", **held)
-  write_whole(workdir / "history.json", (json.dumps(history) + "\n").encode())
+  write_whole(workdir / "history.json", (json.dumps(history, sort_keys=True) + "\n").encode())
   with working("drawing the pictures"):
     report.draw(workdir, results)
   results["seconds"] = time.monotonic() - started
-  write_whole(workdir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+  scratch = workdir / "results.json.partial"
+  scratch.write_text(json.dumps(results, indent=2) + "\n")
+  checksums.write(workdir, _lasting(workdir) | {"results.json": scratch})
+  os.replace(scratch, workdir / "results.json")
+
+
+def _lasting(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
+  """{name: path} of what a finished run leaves, but for pictures, logs and checkpoints."""
+  names = ("config.json", "origin.json", "history.json", "samples.npz", "pool.npz")
+  files = [workdir / name for name in names]
+  files += [path for name in saved.WHICH for path in (workdir / name).rglob("*")]
+  return {str(path.relative_to(workdir)): path for path in files if path.is_file()}
 
 
 def _about(config: Config) -> dict:
@@ -282,6 +329,13 @@ def _about(config: Config) -> dict:
     "seed": config.seed,
     "headline": config.evaluate.headline,
   }
+
+
+def _environments(teacher: Teacher, outcome: Outcome) -> list[dict]:
+  """Every environment in which this run trained, each once; where they are several, it was resumed in another one."""
+  trained = teacher.card.get("environments", []) if teacher.seconds else []
+  both = [*trained, *outcome.environments]
+  return [each for number, each in enumerate(both) if each not in both[:number]]
 
 
 def _about_teacher(config: Config, teacher: Teacher, accuracy: float) -> dict:
@@ -345,36 +399,3 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
   scratch = path.with_name(path.name + ".partial")
   scratch.write_bytes(content)
   os.replace(scratch, path)
-
-
-def hardware() -> dict:
-  device = jax.devices()[0]
-  return {
-    "platform": device.platform,
-    "device": device.device_kind,
-    "devices": jax.device_count(),
-    "processes": jax.process_count(),
-    "cpu": cpu_model(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-  }
-
-
-def cpu_model() -> str:
-  lines: Iterator[str] = iter(())
-  with contextlib.suppress(OSError):
-    lines = iter(pathlib.Path("/proc/cpuinfo").read_text().splitlines())
-  names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-  return next(names, platform.processor() or platform.machine())
-
-
-def _versions() -> dict[str, str | None]:
-  """Of what computes; `onednn` is None where it does not."""
-  packages = {name: _version(name) for name in PACKAGES}
-  return {**packages, "onednn": onednn.version(), "python": platform.python_version()}
-
-
-def _version(package: str) -> str:
-  try:
-    return metadata.version(package)
-  except metadata.PackageNotFoundError:
-    return "unknown"

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cpsc_jax import checksums
 from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal, first_line
 
@@ -84,6 +85,7 @@ def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
     raise Refusal(
       f"the run in {workdir} is not finished; repeat its command with --workdir {workdir}, which resumes it."
     )
+  checksums.check_finished(workdir)
   results = _read_json(path)
   _check(path, results, RESULTS)
   if results["generator"]:

@@ -60,13 +60,18 @@ def _carry_out(
   started: float,
 ) -> record.Finished:
   """The work of `run`, in a workdir of its own; `card` is the teacher's."""
-  test = data.load_evaluation(c.evaluate.split).put(replicated(mesh))
+  test = data.load_evaluation(c.evaluate.split)
+  origin = {} if workdir is None else {"config": record.config_digest(workdir), "test_images": test.digest()}
+  record.bind(workdir, origin)
+  test = test.put(replicated(mesh))
   net = given.net if given else experiment.build_teacher(c, card)
   setup = experiment.build(c, data.spec, net, card, mesh)
-  teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh)
-  record.bind(workdir, teacher)
+  teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh, origin)
+  origin["teacher"] = teacher.card.get("digest")
+  record.bind(workdir, origin)
   if c.arm in schema.REAL_ARMS:
-    setup, (epoch, state) = teach.real_arm(c, setup, teacher, data)
+    setup, (epoch, state), real = teach.real_arm(c, setup, teacher, data)
+    origin |= real
   else:
     epoch, state = distillation(c, setup, teacher, data)
   measures = Measures(c, setup, teacher, test)
@@ -82,6 +87,7 @@ def _carry_out(
     save_minutes=c.checkpoint.minutes,
     workdir=workdir,
     on_epoch=on_epoch,
+    origin=origin,
   )
   outcome = train(plan, state)
   sheet = measures.sheet(outcome.state)

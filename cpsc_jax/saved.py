@@ -173,6 +173,6 @@ def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
     raise Refusal(f"cannot read {path} ({error}); restore the file or start a new run in another folder.") from error
   teacher = config.get("teacher") if isinstance(config, dict) else None
   texts = [config.get("name"), config.get("arm"), teacher.get("checkpoint")] if isinstance(teacher, dict) else [None]
-  if not all(isinstance(text, str) for text in texts):
+  if not all(isinstance(text, str) for text in texts) or "generator" not in config:
     raise Refusal(f"{path} is not the config of a run; give the --workdir of a run.")
   return config

@@ -70,6 +70,25 @@ def _grace() -> float:
 
 
 @contextlib.contextmanager
+def at_once() -> Iterator[None]:
+  """Within it, Ctrl-C and SIGTERM end the program at once, as is right while it is still imported."""
+
+  def leave(number: int, _: object) -> None:
+    what, code = ("interrupted", INTERRUPTED) if number == signal.SIGINT else ("stopped by SIGTERM", RESUME)
+    print(f"cpsc_jax: {what} before anything was begun; run the same command again.", file=sys.stderr, flush=True)
+    os._exit(code)
+
+  with _handler(leave, signal.SIGINT), _handler(leave, signal.SIGTERM):
+    yield
+
+
+def ignored() -> None:
+  """From now on, Ctrl-C and SIGTERM do nothing: the work of this process is done, and it ends by itself."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
   """Within it, SIGTERM ends the program at once, with the exit code that asks for a restart."""
 
@@ -77,7 +96,7 @@ def exit_on_sigterm() -> Iterator[None]:
     print(SAID[RESUME], file=sys.stderr, flush=True)
     raise SystemExit(RESUME)
 
-  with _handler(leave):
+  with _handler(leave, signal.SIGTERM):
     yield
 
 
@@ -85,17 +104,17 @@ def exit_on_sigterm() -> Iterator[None]:
 def deferred_sigterm() -> Iterator[Callable[[], bool]]:
   """Within it, SIGTERM does nothing by itself: yields a function that returns whether one has arrived."""
   arrived = []  # appending is safe even where a second signal interrupts the handler
-  with _handler(lambda *_: arrived.append(True)):
+  with _handler(lambda *_: arrived.append(True), signal.SIGTERM):
     yield lambda: bool(arrived)
 
 
 @contextlib.contextmanager
-def _handler(function: Callable) -> Iterator[None]:
+def _handler(function: Callable, number: int) -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
     yield
     return
-  before = signal.signal(signal.SIGTERM, function)
+  before = signal.signal(number, function)
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(number, before)

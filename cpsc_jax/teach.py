@@ -5,7 +5,7 @@ This is the only room that may open a training split; it hands sources a split.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,15 +76,29 @@ def describe_teacher(config: Config, data: Data) -> dict:
 
 
 def obtain_teacher(
-  config: Config, net: Any, card: dict, data: Data, test: Split, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+  config: Config,
+  net: Any,
+  card: dict,
+  data: Data,
+  test: Split,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  origin: Mapping[str, str],
 ) -> Teacher:
-  """The run's teacher: the given checkpoint, the one trained in `workdir` before, or one trained now."""
+  """The run's teacher: the given checkpoint, the one trained in `workdir` before, or one trained now.
+
+  `origin` is the run's (see `Plan`), and is written into the card of the teacher that is trained.
+
+  Raises:
+    Refusal: the teacher is damaged, or that in `workdir` is of another run.
+  """
   folder = pathlib.Path(config.teacher.checkpoint or workdir / "teacher")
-  if config.teacher.checkpoint or (folder / checkpoint.CARD).exists():
+  if config.teacher.checkpoint:
     _, variables, card = saved.load(folder)
-    spent = 0.0 if config.teacher.checkpoint else card.get("seconds", 0.0)
-    return Teacher(net, replicate(variables, mesh), card, spent, spent)
-  outcome = _train_teacher(config, net, card, data, test, workdir, mesh)
+    return Teacher(net, replicate(variables, mesh), card)
+  if (folder / checkpoint.CARD).exists():
+    return _trained_before(net, folder, mesh, origin)
+  outcome = _train_teacher(config, net, card, data, test, workdir, mesh, origin)
   card = {
     **card,
     "seed": config.seed,
@@ -92,6 +106,8 @@ def obtain_teacher(
     "evaluated_on": config.evaluate.split,
     "best_epoch": outcome.best_epoch,
     "seconds": outcome.seconds,
+    "environments": outcome.environments,
+    "origin": dict(origin),
     "history": outcome.history,
   }
   variables = outcome.state.student.variables
@@ -99,8 +115,23 @@ def obtain_teacher(
   return Teacher(net, variables, card, outcome.seconds, outcome.earlier_seconds)
 
 
-def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split, workdir, mesh) -> Any:
-  c, split = config.teacher, data.load_train(config.evaluate.split).put(replicated(mesh))
+def _trained_before(net: Any, folder: pathlib.Path, mesh: jax.sharding.Mesh, origin: Mapping[str, str]) -> Teacher:
+  again = f"delete {folder} and repeat the command, which makes it again from {folder.parent / 'teacher_training'}"
+  try:
+    _, variables, card = saved.load(folder)
+  except Refusal as refusal:
+    raise Refusal(f"{str(refusal).removesuffix('.')}; or {again}.") from refusal
+  if changed := checkpoint.changed_origin(card.get("origin", {}), origin):
+    raise Refusal(
+      f"the teacher in {folder} was not trained by this run: it was trained with {changed}, or by an older version of"
+      f" this program; put this run's own back, or {again}."
+    )
+  return Teacher(net, replicate(variables, mesh), card, card["seconds"], card["seconds"])
+
+
+def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split, workdir, mesh, origin):
+  c, split = config.teacher, data.load_train(config.evaluate.split)
+  origin, split = {**origin, "training_images": split.digest()}, split.put(replicated(mesh))
   steps = len(split) // c.batch_size
   say(f"teacher: {card['net']} on the {len(split)} training images of '{data.name}'")
   player = Player(
@@ -135,17 +166,21 @@ def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split
     save_every=config.checkpoint.every,
     save_minutes=config.checkpoint.minutes,
     workdir=workdir / "teacher_training",
+    origin=origin,
   )
   return train(plan, state)
 
 
-def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tuple[Setup, Phase]:
-  """A student trained on real data with the optimiser, the augmentation and as many steps as in distillation.
+def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tuple[Setup, Phase, dict[str, str]]:
+  """(setup, phase, digest of the training images as `Plan.origin` has it) of an arm on real images.
+
+  A student trained on real data with the optimiser, the augmentation and as many steps as in distillation.
 
   The arm "real_kd" keeps the student's terms, teacher and all, on real images and labels; "real_labels" has only
   their cross-entropy.
   """
-  split = data.load_train(config.evaluate.split).put(replicated(setup.mesh))
+  split = data.load_train(config.evaluate.split)
+  origin, split = {"training_images": split.digest()}, split.put(replicated(setup.mesh))
   steps = config.schedule.iterations * setup.student.steps
   student = dataclasses.replace(setup.student, steps=steps)
   student_terms, weights = setup.method.student_terms, setup.weights["student"]
@@ -156,7 +191,7 @@ def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tupl
   net = None if config.arm == "real_labels" else setup.teacher
   setup = Setup(student=student, method=method, mesh=mesh, weights={"student": weights}, teacher=net)
   key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
-  return setup, _phase(config, setup, teacher.variables, split, key, data)
+  return setup, _phase(config, setup, teacher.variables, split, key, data), origin
 
 
 def on_real_data(

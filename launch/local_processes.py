@@ -2,10 +2,10 @@
 
   python launch/local_processes.py --processes 2 --devices 4 -- python -m cpsc_jax.main --config configs/digits.py:smoke
 
-For tests and debugging: the processes use CPUs even on a machine with accelerators. When a process dies, the others
-are stopped and the job is restarted from its last checkpoint, up to --restarts times; a refusal (exit code 2), a loss
-that is not finite (3) and Ctrl-C (130) end it. SIGTERM is forwarded to all processes, and the job ends once they have
-saved.
+For tests and debugging: the processes use CPUs even on a machine with accelerators. When a process dies, it is named,
+the others are stopped before JAX misses it, which it tells with a C++ stack, and the job is restarted from its last
+checkpoint, up to --restarts times; a refusal (exit code 2), a loss that is not finite (3) and Ctrl-C (130) end it.
+SIGTERM is forwarded to all processes, and the job ends once they have saved.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 FINAL = (2, 3, 130)  # exit codes after which a restart would fail again
 RESUME = 75
+SECONDS_WITHOUT_IT = 5.0  # that the others have to end by themselves; less than the heartbeat timeout of cpsc_jax.mesh
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--processes", type=int, default=2, metavar="N")
   parser.add_argument("--devices", type=int, default=4, metavar="M", help="virtual CPU devices of each process")
   parser.add_argument("--restarts", type=int, default=3, help="how often the job is restarted")
-  parser.add_argument("--grace", type=float, default=30.0, help="seconds until the other processes are killed")
+  parser.add_argument("--grace", type=float, default=30.0, help="seconds to save after SIGTERM")
   parser.add_argument("--dry-run", action="store_true", help="only print what would run")
   parser.add_argument("command", nargs="+", help="the command of every process, after --")
   return parser.parse_args(argv)
@@ -75,10 +76,11 @@ def run_once(
   while any(child.poll() is None for child in children):
     failed = [index for index, child in enumerate(children) if child.poll()]
     if failed and deadline is None:
-      deadline = time.monotonic() + grace
-      say("; ".join(f"process {index} {ending(children[index].returncode)}" for index in failed))
+      saving = all(children[index].returncode == RESUME for index in failed)
+      deadline = time.monotonic() + (grace if saving else min(grace, SECONDS_WITHOUT_IT))
+      names = ", ".join(f"process {index} {ending(children[index].returncode)}" for index in failed)
+      say(names if saving else f"{names}; stopping the others")
     if deadline is not None and time.monotonic() > deadline:
-      say(f"killing the other processes, which did not end within {grace:.0f} s")
       for child in children:
         child.kill()
       deadline = float("inf")

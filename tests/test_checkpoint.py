@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax.training.dynamic_scale import DynamicScale
 
-from cpsc_jax import checkpoint, mesh, state
+from cpsc_jax import checkpoint, checksums, mesh, state
 from cpsc_jax.errors import Refusal
 
 TX = optax.adam(0.1)
@@ -118,15 +118,21 @@ def test_a_damaged_checkpoint_is_deleted_and_the_one_before_is_used(tmp_path, ca
 def test_checksums_are_those_of_sha256sum(tmp_path):
   saved(tmp_path, {"x": jnp.arange(3.0)})
   folder = tmp_path / "1"
-  assert checkpoint.verify(folder) is None
-  tool = ["sha256sum", "--check", "--strict", checkpoint.CHECKSUMS]
+
+  def verify():
+    return checksums.verify(folder, checkpoint.written_files(folder))
+
+  assert verify() is None
+  tool = ["sha256sum", "--check", "--strict", checksums.NAME]
   assert subprocess.run(tool, cwd=folder, capture_output=True, check=False).returncode == 0
   (folder / "more").write_text("")
-  assert checkpoint.verify(folder) == "not as in files.sha256: more"
-  checkpoint.write_checksums(folder)
-  assert checkpoint.verify(folder) is None
-  (folder / checkpoint.CHECKSUMS).unlink()
-  assert "No such file" in checkpoint.verify(folder)
+  assert verify() == "not as in files.sha256: more" and checksums.verify(folder) is None
+  checksums.write(folder, checkpoint.written_files(folder))
+  assert verify() is None
+  (folder / "more").unlink()
+  assert verify() == checksums.verify(folder) == "not as in files.sha256: more"
+  (folder / checksums.NAME).unlink()
+  assert "No such file" in verify()
 
 
 CARD = {"net": "wrn_10_1", "num_classes": 3, "image_size": 8, "channels": 1, "mean": [0.5], "std": [0.5]}

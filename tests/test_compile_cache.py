@@ -32,8 +32,9 @@ def test_a_second_start_compiles_nothing_and_damage_is_survived(tmp_path):
   assert hits == 0
   assert run(tmp_path) == (want, 1)
   for entry in (tmp_path / "cpsc_jax" / "programs").glob("*/*lambda*"):
-    entry.write_bytes(entry.read_bytes()[:100])
+    entry.write_bytes(entry.read_bytes()[:100])  # as a kill may leave it
   assert run(tmp_path) == (want, 0)
+  assert run(tmp_path) == (want, 1), "a torn entry is replaced"
   (tmp_path / "file").touch()
   assert run(tmp_path / "file") == (want, 0)
 
@@ -44,6 +45,20 @@ def test_the_users_choice_stands(monkeypatch, tmp_path):
   before = jax.config.jax_compilation_cache_dir
   compile_cache.start()
   assert jax.config.jax_compilation_cache_dir == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("packer", ["zlib", "zstandard"])
+def test_torn_entries_are_dropped_once(tmp_path, packer):
+  module = pytest.importorskip(packer)
+  whole = module.compress(bytes(range(256)) * 100)
+  for name, content in {"whole": whole, "torn": whole[:-3], "empty": b"", "other": b"text"}.items():
+    (tmp_path / f"{name}-cache").write_bytes(content)
+  compile_cache._drop_torn(tmp_path)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [compile_cache.CHECKED, "whole-cache"]
+  (tmp_path / "old-cache").write_bytes(whole[:-3])
+  os.utime(tmp_path / "old-cache", (1e9, 1e9))
+  compile_cache._drop_torn(tmp_path)
+  assert (tmp_path / "old-cache").exists(), "what was there at the last look is not read again"
 
 
 @pytest.mark.parametrize(("most", "left"), [(30, ["b", "c", "d"]), (25, ["c", "d"]), (0, [])])

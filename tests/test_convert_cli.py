@@ -199,7 +199,7 @@ def test_converted_teacher_is_checked_and_used(digits_dir, tmp_path, capsys):
   card = teach.describe_teacher(config, data)
   assert card["mean"] == [0.3]
   net = nets.classifier(card["net"], card["num_classes"])
-  teacher = teach.obtain_teacher(config, net, card, data, test, tmp_path, make_mesh())
+  teacher = teach.obtain_teacher(config, net, card, data, test, tmp_path, make_mesh(), {})
   with torch.no_grad():
     logits = twin(x[:5])[0].numpy()
   ours = jitted_forward(teacher.net, False)(teacher.variables, jnp.asarray(nhwc(x[:5].numpy())))[0].logits

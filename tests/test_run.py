@@ -49,6 +49,9 @@ def test_results(finished):
   assert {"jax", "flax", "optax", "python"} <= results["versions"].keys()
   assert results["hardware"]["platform"] == "cpu" and results["seconds"] > 0
   assert results["config"] == json.loads((finished / "config.json").read_text())
+  (here,) = results["environments"]
+  assert here["devices"] == 1 and results["versions"].items() <= here.items() and len(here["source"]) == 12
+  assert results["seconds"] >= sum(results["seconds_by_part"].values()) > 0
 
 
 def test_history(finished):
@@ -163,7 +166,7 @@ def test_control_arms_augment_as_the_student_does(digits_dir):
     resolved, card = config.resolve(c, data.spec, mesh), teach.describe_teacher(c, data)
     net = experiment.build_teacher(resolved, card)
     teacher = teach.Teacher(net, {}, card)
-    setup, _ = teach.real_arm(resolved, experiment.build(resolved, data.spec, net, card, mesh), teacher, data)
+    setup, *_ = teach.real_arm(resolved, experiment.build(resolved, data.spec, net, card, mesh), teacher, data)
     if not crop_pad:
       assert setup.student.augment is None
       continue
@@ -350,7 +353,7 @@ def test_a_workdir_that_cannot_be_used_is_refused(capsys, tmp_path, digits_dir):
   refused(capsys, command(tmp_path / "other", digits_dir)[1:], "config.json is damaged: it holds no JSON object")
 
 
-@pytest.mark.parametrize("name", ["results.json", "origin.json", "checkpoints"])
+@pytest.mark.parametrize("name", ["results.json", "origin.json", "checkpoints", "teacher_training"])
 def test_a_run_that_belongs_to_no_config_is_refused(capsys, tmp_path, digits_dir, finished, name):
   """A run with another seed must not take over what is there."""
   workdir = tmp_path / "w"
@@ -401,6 +404,9 @@ def test_damaged_results_are_named(capsys, tmp_path, digits_dir, finished):
   workdir = tmp_path / "w"
   shutil.copytree(finished, workdir)
   (workdir / "results.json").write_text("{")
+  said = refused(capsys, command(workdir, digits_dir)[1:], "was changed since (not as in files.sha256: results.json)")
+  assert f"delete {workdir / 'results.json'} and repeat the command" in said
+  (workdir / "files.sha256").unlink()  # as with a run of an earlier version
   refused(capsys, command(workdir, digits_dir)[1:], "results.json cannot be read", "delete that file and run the same")
   want = results_of(finished)["student"]
   (workdir / "results.json").unlink()
@@ -414,10 +420,63 @@ def test_a_teacher_that_was_exchanged_is_refused(capsys, tmp_path, digits_dir, f
   (workdir / "results.json").unlink()
   shutil.move(workdir / "teacher", tmp_path / "kept")
   shutil.copytree(finished / "student", workdir / "teacher")
+  refused(capsys, command(workdir, digits_dir)[1:], "was not trained by this run", "put this run's own back, or delete")
+  card = checkpoint.read_card(workdir / "teacher") | {"origin": checkpoint.read_card(tmp_path / "kept")["origin"]}
+  (workdir / "teacher" / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed({**card, "seconds": 0.0})))
   refused(capsys, command(workdir, digits_dir)[1:], "was begun with another teacher", "put that one back")
   shutil.rmtree(workdir / "teacher")
   shutil.move(tmp_path / "kept", workdir / "teacher")
   assert main(command(workdir, digits_dir)) == 0 and results_of(workdir)["student"] == results_of(finished)["student"]
+
+
+def test_images_that_were_exchanged_are_refused(capsys, tmp_path, digits_dir, finished, monkeypatch):
+  """Between a kill and the resume: the test images at any time, the training images where they are used again."""
+  from cpsc_jax import datasets
+
+  workdir, load = tmp_path / "w", datasets.Prepared._load
+  shutil.copytree(finished, workdir)
+  (workdir / "results.json").unlink()
+  argv = command(workdir, digits_dir)[1:]
+
+  def exchanged(which):
+    def other(data, split, rows=None):
+      found = load(data, split, rows)
+      return datasets.Split(found.images, found.labels[::-1]) if split == which else found
+
+    return other
+
+  monkeypatch.setattr(datasets.Prepared, "_load", exchanged("test"))
+  refused(capsys, argv, "was begun with other test images", "put that one back")
+  (workdir / "origin.json").unlink()
+  refused(capsys, argv, "was not trained by this run: it was trained with other test images")
+  shutil.rmtree(workdir / "teacher")
+  (workdir / "origin.json").unlink()
+  refused(capsys, argv, "teacher_training/checkpoints/1 was written with other test images")
+  (workdir / "origin.json").unlink()
+  monkeypatch.setattr(datasets.Prepared, "_load", exchanged("train"))
+  refused(capsys, argv, "teacher_training/checkpoints/1 was written with other training images")
+  monkeypatch.setattr(datasets.Prepared, "_load", load)
+  assert main(["main", *argv]) == 0 and outcome(workdir) == outcome(finished), "made again, and the same"
+
+
+def test_a_checkpoint_of_another_run_is_refused(capsys, tmp_path, digits_dir, finished):
+  """It fits in every shape, and is intact."""
+  workdir, argv = tmp_path / "w", command(tmp_path / "w", digits_dir, "--config.seed=7")[1:]
+  shutil.copytree(finished, workdir)
+  (workdir / "results.json").unlink()
+  config = json.loads((workdir / "config.json").read_text())
+  refused(capsys, argv, "belongs to another config (it differs in seed)")
+  (workdir / "config.json").write_text(json.dumps({**config, "seed": 7}))
+  refused(capsys, argv, "was begun with another config")
+  (workdir / "origin.json").unlink()
+  refused(capsys, argv, "was not trained by this run: it was trained with another config")
+  shutil.rmtree(workdir / "teacher")
+  refused(capsys, argv, "teacher_training/checkpoints/1 was written with another config, or by an older version")
+  (workdir / "config.json").write_text(json.dumps({**config, "seed": 8}))
+  (workdir / "origin.json").write_text(json.dumps(json.loads((finished / "origin.json").read_text()) | {"more": 1}))
+  refused(capsys, argv, "origin.json was changed since it was written")
+  shutil.copy(finished / "origin.json", workdir)
+  refused(capsys, argv, "config.json was changed since the run was begun (it differs in seed)")
 
 
 def test_a_given_teacher_may_be_moved_but_not_exchanged(capsys, tmp_path, digits_dir, finished):

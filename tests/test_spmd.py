@@ -67,7 +67,9 @@ def test_a_process_that_dies_is_named_and_the_job_resumed(tmp_path):
 
   launch(tmp_path / "whole", "never")
   broken = launch(tmp_path / "broken", "once")
-  assert "process 1 was killed by SIGKILL" in broken.stdout and "starting again, 1 of 3" in broken.stdout
+  lines = broken.stdout.splitlines()
+  died = lines.index("[launcher] process 1 was killed by SIGKILL; stopping the others")
+  assert "[launcher] starting again, 1 of 3" in lines[died:] and "stack trace" not in broken.stdout + broken.stderr
   assert "resuming after epoch 4 of 6" in broken.stdout
   whole, broken = (json.loads((tmp_path / name / "outcome.json").read_text()) for name in ("whole", "broken"))
   assert whole == broken and len(whole["history"]) == 6
@@ -96,6 +98,26 @@ def test_launcher_hands_back_a_refusal_and_does_not_start_again(tmp_path):
   assert done.returncode == 2 and "starting again" not in done.stdout
   dry = subprocess.run([*LAUNCHER, "--dry-run", "--", "touch", tmp_path / "x"], capture_output=True, text=True)
   assert dry.stdout.count("CPSC_JAX_PROCESS=") == 2 and not (tmp_path / "x").exists()
+
+
+def test_launcher_stops_those_that_wait_for_a_dead_one(tmp_path):
+  """Before JAX misses it: one line says which died, the next that the job starts again."""
+  program = f"""
+import os, pathlib, time
+own, other = (pathlib.Path({str(tmp_path)!r}, f"{{i}}") for i in (os.environ["CPSC_JAX_PROCESS"], "0"))
+if not own.exists():
+  own.touch()
+  while not other.exists():
+    time.sleep(0.01)
+  if own != other:
+    os.kill(os.getpid(), 9)
+  time.sleep(600)"""
+  command = [*LAUNCHER, "--processes=2", "--grace=500", "--", sys.executable, "-c", program]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+  assert done.returncode == 0 and done.stdout.splitlines() == [
+    "[launcher] process 1 was killed by SIGKILL; stopping the others",
+    "[launcher] starting again, 1 of 3",
+  ]
 
 
 def test_launcher_hands_sigterm_on():

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -74,6 +75,13 @@ class Split:
 
   def __len__(self) -> int:
     return self.labels.shape[0]
+
+  def digest(self) -> str:
+    """sha256 of all images and labels, hex."""
+    total = hashlib.sha256(f"{self.images.shape}".encode())
+    for array in (self.images, self.labels):
+      total.update(np.ascontiguousarray(array))
+    return total.hexdigest()
 
   def put(self, sharding: jax.sharding.Sharding) -> "Split":
     """The same split, placed by a sharding."""
