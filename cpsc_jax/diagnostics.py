@@ -240,7 +240,7 @@ def warnings(found: Mapping[str, np.ndarray], num_classes: int) -> list[str]:
   elif scalar.get("distance_within", np.inf) < 0.02 * scalar.get("distance_between", 0.0):
     said.append("The generator draws one image per class: samples of a class hardly differ.")
   if scalar.get("student_mistakes", 0.5) < 0.005:
-    said.append("The samples are no longer adversarial: the student agrees with the teacher on nearly all of them.")
+    said.append("The samples are not adversarial: the student agrees with the teacher on nearly all of them.")
   elif scalar.get("student_mistakes", 0.5) > 0.9:
     said.append("The student agrees with the teacher on hardly any sample: it does not follow the generator.")
   return said

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,9 +40,11 @@ class Plan:
       program as usual.
     on_epoch: is called with every new entry of the history, on every process.
     diagnose: (state, epoch) -> {name: array, or a dictionary of arrays}, after every `diagnose_every` epochs and after
-      the last one; 0: never. What is a single number joins the history, as entry["diagnostics"].
+      the last one; 0: never. What is a single number joins the history, as entry["diagnostics"]; what is images
+      (rows, columns, H, W, K) uint8 is shown by TensorBoard.
     journal: (history so far, the arrays that its last epoch's diagnosis gave and the seconds that the epoch took); is
       called on process 0 after every epoch.
+    settings: {name: value} of the config, for TensorBoard.
   """
 
   title: str
@@ -58,6 +60,7 @@ class Plan:
   diagnose: Callable[[Tree, int], Tree] | None = None
   diagnose_every: int = 0
   journal: Callable[[list[dict], dict], None] | None = None
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +176,8 @@ class _Log:
     self._plan, self._history, self._progress = plan, history, progress
     writes = plan.workdir is not None and is_primary()
     self._events = Events(plan.workdir / "events", len(history) + 1) if writes else None
+    if self._events and plan.settings:
+      self._events.set_up(plan.settings)
     self._journal = plan.journal if is_primary() else None
     self._read_at = time.monotonic()
 
@@ -200,7 +205,8 @@ class _Log:
     if self._events:
       weighted = {f"{player}/total": total for player, total in totals.items()}
       found = {f"diagnostics/{name}": value for name, value in numbers.items()}
-      self._events.add(unread.epoch, {**terms, **weighted, **scores, **found, "epoch_seconds": seconds})
+      pictures = {name: array for name, array in diagnosis.items() if np.ndim(array) == 5}
+      self._events.add(unread.epoch, {**terms, **weighted, **scores, **found, "epoch_seconds": seconds}, pictures)
     if self._journal:
       self._journal(self._history, {**diagnosis, "epoch_seconds": np.float64(seconds)} if diagnosis else {})
     shown = scores or {f"{player} loss": total for player, total in totals.items()}

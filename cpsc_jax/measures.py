@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import diagnostics, evaluate, examine, experiment, nets, streams
+from cpsc_jax import diagnostics, evaluate, examine, experiment, nets, sources, streams
 from cpsc_jax.config import Config
 from cpsc_jax.datasets import Split
 from cpsc_jax.mesh import replicate
@@ -72,7 +72,7 @@ class Measures:
       if self.labelled:
         found["fidelity_per_class"] = fidelity
       found |= self._of_samples(self.student(state), samples, self.real)
-      found["grid"] = samples.images[:, : examine.GRID]
+      found["grid"] = self._pictures(samples.images[:, : examine.GRID])
       if self.c.evaluate.gradients:
         found |= self._of_terms(state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch))
     rates = self._rates(np.int32(epoch), state.hyper)
@@ -110,6 +110,12 @@ class Measures:
     """The probes of the run, and what the teacher says of them."""
     images = examine.once(examine.probes, self.setup.mesh)(self.probe_key, self.test.images)
     return images, self.teach(self.teacher.variables, images).labels
+
+  @functools.cached_property
+  def _pictures(self) -> Any:
+    card = self.teacher.card
+    stored = functools.partial(sources.stored, dtype="uint8", mean=card["mean"], std=card["std"])
+    return examine.once(stored, self.setup.mesh)
 
   @functools.cached_property
   def _of_student(self) -> Any:

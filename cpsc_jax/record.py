@@ -222,13 +222,13 @@ def begun(
 
 
 @contextlib.contextmanager
-def journal(workdir: pathlib.Path | None, results: dict, setup: Setup, card: dict) -> Iterator["Journal | None"]:
+def journal(workdir: pathlib.Path | None, results: dict, setup: Setup, num_classes: int) -> Iterator["Journal | None"]:
   """The run's `Journal`, None without a workdir; a page that is being written at the end of the block is completed."""
   if workdir is None:
     yield None
     return
   with futures.ThreadPoolExecutor(1, "cpsc_jax page") as threads:
-    yield Journal(workdir, results, setup, card, threads)
+    yield Journal(workdir, results, setup, num_classes, threads)
 
 
 class Journal:
@@ -237,9 +237,9 @@ class Journal:
   It is called as `cpsc_jax.loop.Plan.journal`; the page is written by one of `threads`, beside the training.
   """
 
-  def __init__(self, workdir: pathlib.Path, results: dict, setup: Setup, card: dict, threads: futures.Executor):
-    """`results` is what `begun` gave, `card` the teacher's."""
-    self._workdir, self._results, self._card, self._threads = workdir, results, card, threads
+  def __init__(self, workdir: pathlib.Path, results: dict, setup: Setup, num_classes: int, threads: futures.Executor):
+    """`results` is what `begun` gave."""
+    self._workdir, self._results, self._classes, self._threads = workdir, results, num_classes, threads
     self._terms = list(setup.method.generator_terms) if setup.generator else []
     self._writing: futures.Future | None = None
     self._wrote = -float("inf")  # when the last page was begun
@@ -255,19 +255,15 @@ class Journal:
       self._writing = self._threads.submit(self._write_page, list(history))
 
   def _named(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays as they are kept: with names for their entries, what is wrong in words, and samples as pictures."""
+    """The arrays as they are kept: with names for their entries, and what is wrong in words."""
     arrays = dict(arrays)
-    words = diagnostics.warnings(arrays, self._card["num_classes"])
     if "norm_distance" in arrays:
       layers = arrays.pop("norm_distance")
       arrays["layers"] = np.array([name.partition(" ")[2] for name in layers])
       arrays["norm_distance"] = np.array(list(layers.values()))
     if "term_value" in arrays:
       arrays["terms"] = np.array(self._terms)
-    if "grid" in arrays:
-      pictures = datasets.denormalise(arrays["grid"], self._card["mean"], self._card["std"])
-      arrays["grid"] = np.round(255 * pictures).astype(np.uint8)
-    return {**arrays, "warnings": np.array(words, dtype=str)}
+    return {**arrays, "warnings": np.array(diagnostics.warnings(arrays, self._classes), dtype=str)}
 
   def _write_page(self, history: list[dict]) -> None:
     scored = [entry for entry in history if "accuracy" in entry]

@@ -76,7 +76,7 @@ def _carry_out(
   say(measures.headline(state))
   accuracy, student = measures.teacher_accuracy, measures.student(state)
   results = record.begun(c, data, teacher, accuracy, student, len(test), command)
-  with record.journal(workdir, results, setup, teacher.card) as journal:
+  with record.journal(workdir, results, setup, data.spec.num_classes) as journal:
     plan = Plan(
       title=c.arm,
       epoch=epoch,
@@ -91,6 +91,7 @@ def _carry_out(
       diagnose=measures.diagnose,
       diagnose_every=c.evaluate.diagnostics_every,
       journal=journal,
+      settings=dict(schema.flatten(c)),
     )
     outcome = train(plan, state)
   return record.finish(workdir, c, setup, teacher, results, outcome, measures.sheet(outcome.state), started)

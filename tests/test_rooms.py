@@ -86,6 +86,7 @@ ROOMS = {
     "nets",
     "progress",
     "setup",
+    "sources",
     "state",
     "streams",
     "teach",

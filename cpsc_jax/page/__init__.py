@@ -29,7 +29,6 @@ MOST_CONFUSED = 12
 MOST_EPOCHS = 30  # rows of the table of curves
 LARGEST_MATRIX = 60  # classes in the picture of a confusion matrix
 SCORES = ("accuracy", "agreement", "label_fidelity", "pool_fidelity")
-GAP_OF = {"last": "student.last.accuracy", "best": "student.best.accuracy"}
 
 Table = dict[str, list]
 
@@ -250,24 +249,22 @@ def _points(run: Run, path: str) -> list[tuple[float, float]]:
 
 
 def _charts(run: Run) -> list[dict]:
-  """Accuracy, agreement and fidelity in one picture, and the players' weighted totals in one each."""
-  curves, legend = [], []
-  for colour, score in enumerate(SCORES):
-    points = _points(run, score)
-    if points:
-      curves.append(svg.Curve(score.replace("_", " "), points, colour))
-      last = next(i for i in reversed(range(len(run.history))) if score in run.history[i])
-      legend.append({"name": curves[-1].name, "colour": colour, "dashed": False, "value": run.of_history(last, score)})
-  teacher = run.results["teacher"]["accuracy"]
+  """Accuracy and agreement in one picture; fidelity, the players' weighted totals and the time in one each."""
   charts = []
-  if curves:
-    charts.append(
-      {
-        "svg": svg.chart(curves, _told(curves), (teacher, "teacher's accuracy")),
-        "legend": legend,
-        "caption": "By epoch; the dashed line is the teacher's accuracy.",
-      }
-    )
+  teacher = run.results["teacher"]["accuracy"], "teacher's accuracy"
+  of_student = "On the evaluation's images, by epoch; the dashed line is the teacher's accuracy."
+  of_samples = "The share of samples to which the teacher gives the class that was asked for, by epoch."
+  for scores, level, caption in ((SCORES[:2], teacher, of_student), (SCORES[2:], None, of_samples)):
+    curves, legend = [], []
+    for score in scores:
+      points, colour = _points(run, score), SCORES.index(score)
+      if points:
+        curves.append(svg.Curve(score.replace("_", " "), points, colour))
+        last = next(i for i in reversed(range(len(run.history))) if score in run.history[i])
+        value = run.of_history(last, score)
+        legend.append({"name": curves[-1].name, "colour": colour, "dashed": False, "value": value})
+    if curves:
+      charts.append({"svg": svg.chart(curves, _told(curves), level), "legend": legend, "caption": caption})
   for colour, player in ((1, "generator"), (0, "student")):
     points = _points(run, f"totals|{player}")
     if points:
@@ -468,15 +465,21 @@ def _facts(run: Run) -> list[dict]:
       if name not in run.history[index]["diagnostics"]:
         continue
       points = _points(run, f"diagnostics|{name}")
-      curve = svg.Curve(said.title, points, 1 if words is SAMPLES else 0)
-      picture = (
-        svg.chart([curve], _told([curve]), height=110)
-        if len(points) > 1 and said.read[:3] != "How many samples"
-        else ""
+      curve, level, other = svg.Curve(said.title, points, 1 if words is SAMPLES else 0), None, ""
+      if said.beside and said.beside[0] in run.history[index]["diagnostics"]:
+        key, whose = said.beside
+        other = Markup("{}: {}").format(whose, run.of_history(index, f"diagnostics|{key}", said.form))
+        level = run.history[index]["diagnostics"][key], whose
+      facts.append(
+        {
+          "title": said.title,
+          "value": run.of_history(index, f"diagnostics|{name}", said.form),
+          "other": other,
+          "svg": svg.chart([curve], _told([curve]), level, height=110) if len(points) > 1 and name != "samples" else "",
+          "read": said.read,
+          "mend": said.mend,
+        }
       )
-      form = ",.0f" if name == "samples" else "g" if name.endswith("rate") else ".3f"
-      value = run.of_history(index, f"diagnostics|{name}", form)
-      facts.append({"title": said.title, "value": value, "svg": picture, "read": said.read, "mend": said.mend})
     if facts:
       parts.append({"title": title, "facts": facts})
   return parts
@@ -598,6 +601,8 @@ def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]]) -> str:
   """In what its config differs from the first group's, or its runs' name."""
   ours, first = _settings(group[0]), _settings(groups[0][0])
   differing = [key for key in ours if ours[key] != first.get(key)]
+  if len(differing) > 1:  # whether a teacher is given or trained says less than anything else
+    differing = [key for key in differing if key != "teacher.checkpoint"]
   if not differing:
     return group[0].results["name"]
   shown = ", ".join(f"{key}={_plain(ours[key])}" for key in differing[:3])

@@ -46,8 +46,9 @@ def chart(
   xs = [x for curve in curves for x, _ in curve.points] or [0, 1]
   ys = [y for curve in curves for _, y in curve.points] + ([level[0]] if level else []) or [0, 1]
   low, high = span or (min(ys), max(ys))
-  if high - low < 1e-12 * max(abs(high), 1e-12):
-    low, high = low - max(abs(low), 1.0) / 10, high + max(abs(high), 1.0) / 10
+  if high - low <= 1e-6 * max(abs(high), abs(low)):
+    around = abs(high) / 10 or 1.0
+    low, high = low - around, high + around
   first, last = min(xs), max(xs)
 
   def place(x: float, y: float) -> tuple[float, float]:
@@ -130,7 +131,8 @@ def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str,
           x + 4, bottom + 10, _cut(name, 9)
         )
       )
-  return _picture(WIDTH, bottom + (60 if number <= 30 else 4), label, parts)
+  longest = max((len(_cut(name, 9)) for name in names), default=0)
+  return _picture(WIDTH, bottom + (16 + 6 * longest if number <= 30 else 4), label, parts)
 
 
 def reliability(counts: Sequence[float], confidence: Sequence[float], accuracy: Sequence[float], label: str) -> Markup:
@@ -139,14 +141,14 @@ def reliability(counts: Sequence[float], confidence: Sequence[float], accuracy: 
   height, total = side * 0.7, max(sum(counts), 1)
 
   def place(x: float, y: float) -> tuple[float, float]:
-    return LEFT + x * side, TOP + (1 - y) * height
+    return LEFT + x * side, 12 + (1 - y) * height
 
   (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
   parts = [Markup('<line class="level" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(x1, y1, x2, y2)]
   for tick in (0.0, 0.5, 1.0):
     x, y = place(tick, tick)
     parts.append(Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 4, y + 4, tick))
-    parts.append(Markup('<text class="middle" x="{:.1f}" y="{:.1f}">{}</text>').format(x, TOP + height + 14, tick))
+    parts.append(Markup('<text class="middle" x="{:.1f}" y="{:.1f}">{}</text>').format(x, 12 + height + 16, tick))
   for count, sure, right in zip(counts, confidence, accuracy, strict=True):
     if count:
       x, y = place(float(sure), float(right))
@@ -155,7 +157,7 @@ def reliability(counts: Sequence[float], confidence: Sequence[float], accuracy: 
           x, y, 2.5 + 9 * (count / total) ** 0.5, f"{int(count)} images: confidence {sure:.3f}, accuracy {right:.3f}"
         )
       )
-  return _picture(WIDTH, TOP + height + 20, label, parts)
+  return _picture(WIDTH, 12 + height + 22, label, parts)
 
 
 def bars(values: Sequence[float], names: Sequence[str], label: str) -> Markup:
@@ -186,8 +188,8 @@ def _picture(width: float, height: float, label: str, parts: Sequence[Markup]) -
 
 
 def _ticks(low: float, high: float) -> list[float]:
-  """Three or so round numbers from low to high."""
-  raw = (high - low) / 3
+  """Two to six round numbers from low to high."""
+  raw = (high - low) / 5
   unit = 10.0 ** math.floor(math.log10(raw))
   step = next(factor * unit for factor in (1, 2, 5, 10) if raw <= factor * unit)
   return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

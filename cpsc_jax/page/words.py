@@ -4,16 +4,28 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
+  """What is said of a number.
+
+  Attributes:
+    title: its name.
+    read: how to read it.
+    mend: what to try when it looks bad; empty where there is nothing.
+    form: how it is written.
+    beside: (name of the number that it is compared with, what that one is of), or None.
+  """
+
   title: str
   read: str
-  mend: str
+  mend: str = ""
+  form: str = ".3f"
+  beside: tuple[str, str] | None = None
 
 
 # name in history.json's "diagnostics" -> words; the page shows them in this order.
 SAMPLES = {
   "confidence": Words(
     "Teacher's confidence",
-    "How sure the teacher is of the samples' class. Real images have about its accuracy here or more.",
+    "How sure the teacher is of the samples' class; of real images it is about as sure as it is right.",
     "Low: raise loss.generator.ce, or train longer.",
   ),
   "class_balance": Words(
@@ -47,14 +59,16 @@ SAMPLES = {
     "Vendi score",
     "How many different samples there effectively are, by the teacher's features; compare it with real images'.",
     "Far below: more latents (generator.latent_dim), more loss.generator.scl, or a pool (pool.replay_share).",
+    ".2f",
+    ("real_vendi_score", "test images"),
   ),
-  "real_vendi_score": Words("Vendi score of real images", "The same of test images.", ""),
   "effective_rank": Words(
     "Effective rank",
     "How many directions of the teacher's feature space the samples fill; compare it with real images'.",
     "Far below: as for the Vendi score.",
+    ".1f",
+    ("real_effective_rank", "test images"),
   ),
-  "real_effective_rank": Words("Effective rank of real images", "The same of test images.", ""),
   "frechet_distance": Words(
     "Fréchet distance",
     "Between samples and test images in the teacher's features; 0 if alike. Only figures of one teacher and equally"
@@ -77,16 +91,16 @@ SAMPLES = {
     "The share of real images that have a sample close by: what the student is never asked about is missing here.",
     "Low: as for recall.",
   ),
-  "samples": Words("Samples", "How many samples these figures are of.", ""),
+  "samples": Words("Samples", "How many samples these figures are of.", form=",.0f"),
 }
 STUDENT = {
   "calibration_error": Words(
     "Calibration error",
     "Mean gap between the student's confidence and its accuracy, over bins of confidence; 0 is calibrated.",
     "High: a higher loss.kd_temperature, or a lower loss.student.ce.",
+    beside=("teacher_calibration_error", "the teacher"),
   ),
-  "teacher_calibration_error": Words("Calibration error of the teacher", "The same of the teacher.", ""),
-  "student_confidence": Words("Student's confidence", "How sure it is of its class on test images.", ""),
+  "student_confidence": Words("Student's confidence", "How sure it is of its class on test images."),
   "agreement_on_noise": Words(
     "Agreement on noise",
     "The share of uniform noise images to which student and teacher give one class: how alike they are far from data.",
@@ -97,6 +111,6 @@ STUDENT = {
   ),
   "agreement_on_blur": Words("Agreement on blur", "The same on blurred test images.", "Low: as on grain."),
   "agreement_on_contrast": Words("Agreement on low contrast", "The same at half the contrast.", "Low: as on grain."),
-  "student_learning_rate": Words("Student's learning rate", "Of the last update of the epoch.", ""),
-  "generator_learning_rate": Words("Generator's learning rate", "Of the last update of the epoch.", ""),
+  "student_learning_rate": Words("Student's learning rate", "Of the last update of the epoch.", form="g"),
+  "generator_learning_rate": Words("Generator's learning rate", "Of the last update of the epoch.", form="g"),
 }
