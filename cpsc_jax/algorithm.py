@@ -105,30 +105,51 @@ def generator_loss(setup: Setup, teacher: Tree, state: State) -> Callable[..., t
   Its parameters are {"generator": ..., and one entry for each of `State.trained`}, its batch is (latents, labels).
   Latents among the parameters take the place of those in the batch.
   """
-  generator, student, method = setup.generator, setup.student, setup.method
+
+  def loss(params: Tree, stats: Tree, batch: Tree, _: None, key: jax.Array) -> tuple[jax.Array, Aux]:
+    images, y, generator_stats = generated(setup, params, stats["generator"], *batch)
+    trained = {name: part for name, part in params.items() if name != "generator"}
+    view, student_stats = view_of(setup, teacher, state, images, y, trained, stats["student"], key)
+    losses = weighted_sum(setup.method.generator_terms, state.hyper.generator.terms, view)
+    recorded = jax.lax.stop_gradient(setup.method.record(view))
+    t = view.teacher.replace(statistics=None)
+    outputs = {"recorded": recorded, "images": images, "teacher": t, "student": view.student}
+    return losses.total, Aux(losses, {"generator": generator_stats, "student": student_stats}, outputs)
+
+  return loss
+
+
+def generated(setup: Setup, params: Tree, stats: Tree, z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+  """(images, labels, the generator's batch statistics) of a generator update; `params` as in `generator_loss`."""
+  z, y = jax.lax.with_sharding_constraint((params.get(LATENTS, z), y), batch_sharding(setup.mesh))
+  variables = {"params": params["generator"], "batch_stats": stats}
+  images, stats = nets.forward(setup.generator.net, variables, z, y, train=True)
+  return images, y, stats
+
+
+def view_of(
+  setup: Setup,
+  teacher: Tree,
+  state: State,
+  images: jax.Array,
+  y: jax.Array,
+  trained: dict[str, Tree],
+  student_stats: Tree,
+  key: jax.Array,
+) -> tuple[View, Tree]:
+  """What the generator's terms see of images (N, H, W, K) for labels y (N,), and the student's batch statistics."""
+  generator, student = setup.generator, setup.student
 
   def teach(images: jax.Array) -> Any:
     return nets.forward_observed(setup.teacher, teacher, images)
 
-  def loss(params: Tree, stats: Tree, batch: Tree, _: None, key: jax.Array) -> tuple[jax.Array, Aux]:
-    z, y = batch
-    z, y = jax.lax.with_sharding_constraint((params.get(LATENTS, z), y), batch_sharding(setup.mesh))
-    variables = {"params": params["generator"], "batch_stats": stats["generator"]}
-    images, generator_stats = nets.forward(generator.net, variables, z, y, train=True)
-    x = generator.augment(streams.key(key, Stream.AUGMENTATION), images) if generator.augment else images
-    t = nets.forward_observed(setup.teacher, teacher, x)
-    variables = {"params": state.student.params, "batch_stats": stats["student"]}
-    train, dropout = setup.student_trains_in_generator_steps, streams.key(key, Stream.DROPOUT)
-    options = {"train": train, "key": dropout, "norm_parts": student.norm_parts}
-    s, student_stats = nets.forward(student.net, variables, x, **options)
-    trained = {name: part for name, part in params.items() if name != "generator"}
-    view = View(y, t, s, images, streams.key(key, Stream.TERMS), trained, state.memory, teach)
-    losses = weighted_sum(method.generator_terms, state.hyper.generator.terms, view)
-    recorded = jax.lax.stop_gradient(method.record(view))
-    outputs = {"recorded": recorded, "images": images, "teacher": t.replace(statistics=None), "student": s}
-    return losses.total, Aux(losses, {"generator": generator_stats, "student": student_stats}, outputs)
-
-  return loss
+  x = generator.augment(streams.key(key, Stream.AUGMENTATION), images) if generator.augment else images
+  t = nets.forward_observed(setup.teacher, teacher, x)
+  variables = {"params": state.student.params, "batch_stats": student_stats}
+  train, dropout = setup.student_trains_in_generator_steps, streams.key(key, Stream.DROPOUT)
+  options = {"train": train, "key": dropout, "norm_parts": student.norm_parts}
+  s, student_stats = nets.forward(student.net, variables, x, **options)
+  return View(y, t, s, images, streams.key(key, Stream.TERMS), trained, state.memory, teach), student_stats
 
 
 def student_update(setup: Setup, teacher: Tree, state: State, batch: Batch, key: jax.Array) -> tuple[State, Aux]:

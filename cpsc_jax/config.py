@@ -312,6 +312,19 @@ def dump(config: Config) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def changes(config: Config) -> dict[str, list]:
+  """{dotted key: [default, value]} of what a config has other than the default, but for its name; None: no default."""
+  ours, known = (
+    dict(flatten(json.loads(dump(config)))),
+    json.loads(json.dumps(dict(flatten(schema.defaults().to_dict())))),
+  )
+  return {
+    key: [known.get(key), value]
+    for key, value in sorted(ours.items())
+    if key != "name" and (key not in known or value != known[key])
+  }
+
+
 def differences(config: Config, saved: dict) -> list[str]:
   """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count.
 

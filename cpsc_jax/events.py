@@ -1,12 +1,17 @@
-"""Scalars for TensorBoard, written by the calling thread, so that an error such as a full disk is raised there."""
+"""Scalars, pictures and settings for TensorBoard.
+
+The calling thread writes them, so that an error such as a full disk is raised there.
+"""
 
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import hparams, image, scalar
 
 
 class Events:
@@ -19,8 +24,21 @@ class Events:
       Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
     )
 
-  def add(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Appends {tag: value} of one step and flushes it to disk."""
-    for tag, value in scalars.items():
-      self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+  def set_up(self, settings: Mapping[str, Any]) -> None:
+    """Writes {name: value} as the hyper-parameters that TensorBoard compares accuracies by."""
+    plain = {
+      name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
+    }
+    for summary in hparams(plain, {"accuracy": None})[:2]:  # the third says that the run has ended
+      self._writer.write_event(Event(wall_time=time.time(), step=0, summary=summary))
+
+  def add(self, step: int, scalars: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
+    """Appends {tag: value} and {tag: images (rows, columns, H, W, K) uint8} of one step and flushes them to disk."""
+    summaries = [scalar(tag, value) for tag, value in scalars.items()]
+    for tag, images in pictures.items():
+      rows, columns, height, width, channels = images.shape
+      grid = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+      summaries.append(image(tag, np.repeat(grid, 3 // channels, axis=-1), dataformats="HWC"))
+    for summary in summaries:
+      self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
     self._writer.flush()

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import datasets, initial, methods, nets, optim
-from cpsc_jax.config import EMBEDDINGS, Config, inverts, read_embedding, waiting_epochs
+from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, read_embedding, waiting_epochs
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Noise, Player, Setup
-from cpsc_jax.state import State, Tree
+from cpsc_jax.state import Hyper, State, Tree
 
 
 def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sharding.Mesh) -> Setup:
@@ -145,6 +145,22 @@ def build_generator(config: Config, spec: Dataset, teacher: Any, card: dict) -> 
     augment=augmentation(c, card),
     loss_scaling=scales_loss(config),
   )
+
+
+def learning_rates(config: Config, epoch: jax.Array, hyper: Hyper) -> dict[str, jax.Array]:
+  """{"student", "generator"}: the learning rate of the last update of an epoch, (); of a student that waits still, NaN.
+
+  There is none of a generator that takes no update, or whose optimiser starts again in every iteration.
+  """
+  waiting, steps = 0 if config.arm in REAL_ARMS else waiting_epochs(config), config.schedule.iterations
+  updates = (epoch - waiting) * steps * config.student.steps
+  schedule = optim.student_schedule(config, steps * config.student.steps, waiting_epochs(config))
+  rates = {"student": jnp.where(updates > 0, hyper.student.lr * schedule(updates - 1), jnp.nan)}
+  if config.arm == "distill" and not inverts(config):
+    schedule = optim.generator_schedule(config, steps * config.generator.steps)
+    rate = schedule(epoch * steps * config.generator.steps - 1) if callable(schedule) else schedule
+    rates["generator"] = hyper.generator.lr * rate
+  return rates
 
 
 def embedding_width(config: Config, spec: Dataset, teacher: Any) -> int:

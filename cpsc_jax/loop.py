@@ -40,6 +40,12 @@ class Plan:
       program as usual.
     on_epoch: is called with every new entry of the history, on every process.
     origin: digests of what this training comes from (`checkpoint.ORIGIN`); a checkpoint of another origin is refused.
+    diagnose: (state, epoch) -> {name: array, or a dictionary of arrays}, after every `diagnose_every` epochs and after
+      the last one; 0: never. What is a single number joins the history, as entry["diagnostics"]; what is images
+      (rows, columns, H, W, K) uint8 is shown by TensorBoard.
+    journal: (history so far, the arrays that its last epoch's diagnosis gave and the seconds that the epoch took); is
+      called on process 0 after every epoch.
+    settings: {name: value} of the config, for TensorBoard.
   """
 
   title: str
@@ -53,6 +59,10 @@ class Plan:
   workdir: pathlib.Path | None
   on_epoch: Callable[[dict], None] | None = None
   origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  diagnose: Callable[[Tree, int], Tree] | None = None
+  diagnose_every: int = 0
+  journal: Callable[[list[dict], dict], None] | None = None
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Outcome:
     best_epoch: the first of those with the highest accuracy.
     best_variables: plan.variables after it.
     history: one entry per epoch, {"epoch": 1, "terms": {"generator/ce": 0.1, ...}, "totals": {"generator": 1.2, ...}}:
-      means over the epoch of the unweighted terms and of their weighted sums; measured epochs have the scores as well.
+      means over the epoch of the unweighted terms and of their weighted sums; measured epochs have the scores as well,
+      diagnosed ones {"diagnostics": {name: number}}.
     seconds: how long it took, over all processes that it was resumed by.
     earlier_seconds: those of them before this process resumed it.
     environments: every environment (`environment.describe`) that it was computed in, this one last.
@@ -118,12 +129,16 @@ def train(plan: Plan, state: Tree) -> Outcome:
           with progress.calling(plan.measure):
             scores = plan.measure(state)
           best = _better(best, scores["accuracy"], epoch, plan.variables(state))
+        diagnosis = {}
+        if plan.diagnose and plan.diagnose_every and (last or epoch % plan.diagnose_every == 0):
+          with progress.calling(plan.diagnose):
+            diagnosis = plan.diagnose(state, epoch)
 
         stopping, overdue = log.read(unread) if unread else (False, False)
         # What one process asks for reaches all with the epoch's numbers, so that all act after the same epoch.
         minutes = (time.monotonic() - last_save) / 60
         unread = _Unread(
-          epoch, losses, scores, any_process(sigterm_arrived()), any_process(minutes >= plan.save_minutes)
+          epoch, losses, scores, diagnosis, any_process(sigterm_arrived()), any_process(minutes >= plan.save_minutes)
         )
         saving = checkpointer and (last or stopping or overdue or epoch % plan.save_every == 0)
         if saving or last:
@@ -149,13 +164,15 @@ class _Unread:
 
   Attributes:
     epoch: which it is.
-    losses, scores: as plan.epoch and plan.measure return them; no scores where nothing was measured.
+    losses, scores, diagnosis: as plan.epoch, plan.measure and plan.diagnose return them; none where nothing was
+      measured or diagnosed.
     stop, save: whether any process asks to stop, or for a checkpoint.
   """
 
   epoch: int
   losses: dict[str, Losses]
   scores: dict[str, jax.Array]
+  diagnosis: Tree
   stop: jax.Array | bool
   save: jax.Array | bool
 
@@ -167,10 +184,16 @@ class _Log:
     self._plan, self._history, self._progress, self._checkpointer = plan, history, progress, checkpointer
     writes = plan.workdir is not None and is_primary()
     self._events = Events(plan.workdir / "events", len(history) + 1) if writes else None
+    if self._events and plan.settings:
+      self._events.set_up(plan.settings)
+    self._journal = plan.journal if is_primary() else None
+    self._read_at = time.monotonic()
 
   def read(self, unread: _Unread) -> tuple[bool, bool]:
     """Waits for an epoch, appends it to the history, and returns whether to stop and whether to save."""
-    losses, scores = jax.device_get((unread.losses, unread.scores))
+    losses, scores, diagnosis = jax.device_get((unread.losses, unread.scores, unread.diagnosis))
+    now = time.monotonic()
+    seconds, self._read_at = now - self._read_at, now
     losses = {player: values for player, values in losses.items() if values.total.size}
     if not_finite := not_finite_in(losses):
       kept = self._checkpointer.latest() if self._checkpointer else None
@@ -187,10 +210,21 @@ class _Log:
     totals = {player: float(np.mean(of.total)) for player, of in losses.items()}
     scores = {name: float(score) for name, score in scores.items()}
     entry = {"epoch": unread.epoch, "terms": terms, "totals": totals, **scores}
+    numbers = {
+      name: float(value)
+      for name, value in diagnosis.items()
+      if not isinstance(value, dict) and np.ndim(value) == 0 and np.isfinite(value)
+    }
+    if diagnosis:
+      entry["diagnostics"] = numbers
     self._history.append(entry)
     if self._events:
       weighted = {f"{player}/total": total for player, total in totals.items()}
-      self._events.add(unread.epoch, {**terms, **weighted, **scores})
+      found = {f"diagnostics/{name}": value for name, value in numbers.items()}
+      pictures = {name: array for name, array in diagnosis.items() if np.ndim(array) == 5}
+      self._events.add(unread.epoch, {**terms, **weighted, **scores, **found, "epoch_seconds": seconds}, pictures)
+    if self._journal:
+      self._journal(self._history, {**diagnosis, "epoch_seconds": np.float64(seconds)} if diagnosis else {})
     shown = scores or {f"{player} loss": total for player, total in totals.items()}
     self._progress.advance(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()))
     if self._plan.on_epoch:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       if DRY_FLAGS & set(argv):
         print(dry_run.text(config, workdir))
         return 0
-      results = run.run(config, workdir, STARTED).results
+      results = run.run(config, workdir, STARTED, command=["cpsc-jax", *argv[1:]]).results
       if mesh.is_primary():
         report.print_table(results)
         print(f"all files are in {workdir}")

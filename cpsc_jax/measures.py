@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cpsc_jax import evaluate, nets, streams
+from cpsc_jax import diagnostics, evaluate, examine, experiment, nets, sources, streams
 from cpsc_jax.config import Config
 from cpsc_jax.datasets import Split
 from cpsc_jax.mesh import replicate
@@ -18,38 +19,72 @@ from cpsc_jax.teach import Teacher
 
 
 class Measures:
-  """What is measured of a state: the student's accuracy, its agreement with the teacher, and the samples' fidelity."""
+  """What is measured of a state.
+
+  Called, it gives the student's accuracy, its agreement with the teacher, and the samples' fidelity; `diagnose` gives
+  everything that `cpsc_jax.examine` finds, some of it from what the call before it saw of the same state.
+  """
 
   def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split):
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
     card, mesh = teacher.card, setup.mesh
+    self.classes = card["num_classes"]
     classifier = functools.partial(
       evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=c.evaluate.batch_size, mesh=mesh
     )
     self.classify = classifier(nets.deployed(setup.student.net, {})[0])
+    self.teach = classifier(nets.deployed(teacher.net, {})[0], features=True)
     with working("measuring the teacher"):
-      self.teacher_predictions = classifier(nets.deployed(teacher.net, {})[0])(teacher.variables, test.images)
-      self.teacher_accuracy = float(evaluate.share_equal(self.teacher_predictions, test.labels))
+      seen = self.teach(teacher.variables, test.images)
+      rows = np.linspace(0, len(test) - 1, min(len(test), diagnostics.LARGEST_SET)).astype(int)
+      self.real = None if seen.features is None else seen.features[rows]  # those of all are many
+      self.of_teacher = seen._replace(features=None)
+      self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels))
     self.sampler = evaluate.compile_sampler(setup, c.evaluate.samples_per_class) if setup.generator else None
-    self.key = replicate(streams.key(streams.root(c.seed), Stream.SAMPLE_SHEET), mesh)
+    self.labelled = bool(self.sampler) and setup.method.noise.labelled
+    root = streams.root(c.seed)
+    self.key = replicate(streams.key(root, Stream.SAMPLE_SHEET), mesh)
+    self.diagnosis_key = replicate(streams.key(root, Stream.DIAGNOSIS), mesh)
+    self.probe_key = replicate(streams.key(root, Stream.PROBES), mesh)
+    self.seen: tuple[Any, ...] | None = None  # a state, and what `_look` found of it
 
   def student(self, state: State) -> Tree:
     """The student's variables as they are saved."""
     return nets.deployed(self.setup.student.net, state.student.variables)[1]
 
   def __call__(self, state: State) -> dict[str, jax.Array]:
-    predictions = self.classify(self.student(state), self.test.images)
+    predictions, _, fidelity = self._look(state)
     scores = {
-      "accuracy": evaluate.share_equal(predictions, self.test.labels),
-      "agreement": evaluate.share_equal(predictions, self.teacher_predictions),
+      "accuracy": evaluate.share_equal(predictions.labels, self.test.labels),
+      "agreement": evaluate.share_equal(predictions.labels, self.of_teacher.labels),
     }
-    if self.sampler and self.setup.method.noise.labelled:
-      scores[self.setup.method.fidelity] = jnp.mean(self.sampler(state, self.teacher.variables, self.key)[1])
+    if self.labelled:
+      scores[self.setup.method.fidelity] = jnp.mean(jnp.nan_to_num(fidelity))
     return scores
+
+  def diagnose(self, state: State, epoch: int) -> dict[str, Any]:
+    """{name: array} of everything that `cpsc_jax.examine` finds after an epoch; absent is what does not apply."""
+    predictions, samples, fidelity = self._look(state)
+    probes, taught = self._probes
+    probed = self.classify(self.student(state), probes).labels
+    found = self._of_student(predictions, self.of_teacher, self.test.labels, probed, taught)
+    if samples:
+      if self.labelled:
+        found["fidelity_per_class"] = fidelity
+      found |= self._of_samples(self.student(state), samples, self.real)
+      found["grid"] = self._pictures(samples.images[:, : examine.GRID])
+      if self.c.evaluate.gradients:
+        found |= self._of_terms(state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch))
+    rates = self._rates(np.int32(epoch), state.hyper)
+    return found | {f"{player}_learning_rate": rate for player, rate in rates.items()}
 
   def sheet(self, state: State) -> tuple[Any, Any] | None:
     """(samples of every class, their fidelity (C,)), or None where nothing is generated."""
-    return jax.device_get(self.sampler(state, self.teacher.variables, self.key)) if self.sampler else None
+    if not self.sampler:
+      return None
+    samples = self.sampler(state, self.teacher.variables, self.key)
+    fidelity = diagnostics.fidelity(samples.teacher.labels, samples.exist)
+    return jax.device_get((samples.images, jnp.nan_to_num(fidelity)))
 
   def headline(self, state: State) -> str:
     c, teacher = self.c, self.teacher
@@ -58,3 +93,44 @@ class Measures:
       f"{c.arm}: {teacher.card['net']} ({sizes[0]:,} parameters, accuracy {self.teacher_accuracy:.4f}) ->"
       f" {c.student.net} ({sizes[1]:,} parameters)"
     )
+
+  def _look(self, state: State) -> tuple[evaluate.Predictions, evaluate.Samples | None, jax.Array | None]:
+    """What the student says of the test images; some samples, and the fidelity of all, per class (C,)."""
+    if self.seen is None or self.seen[0] is not state:
+      predictions, samples, fidelity = self.classify(self.student(state), self.test.images), None, None
+      if self.sampler:
+        samples = self.sampler(state, self.teacher.variables, self.key)
+        fidelity = diagnostics.fidelity(samples.teacher.labels, samples.exist)
+        samples = examine.some(samples)
+      self.seen = state, predictions, samples, fidelity
+    return self.seen[1:]
+
+  @functools.cached_property
+  def _probes(self) -> tuple[jax.Array, jax.Array]:
+    """The probes of the run, and what the teacher says of them."""
+    images = examine.once(examine.probes, self.setup.mesh)(self.probe_key, self.test.images)
+    return images, self.teach(self.teacher.variables, images).labels
+
+  @functools.cached_property
+  def _pictures(self) -> Any:
+    card = self.teacher.card
+    stored = functools.partial(sources.stored, dtype="uint8", mean=card["mean"], std=card["std"])
+    return examine.once(stored, self.setup.mesh)
+
+  @functools.cached_property
+  def _of_student(self) -> Any:
+    return examine.once(functools.partial(examine.of_student, num_classes=self.classes), self.setup.mesh)
+
+  @functools.cached_property
+  def _of_samples(self) -> Any:
+    net = nets.deployed(self.setup.student.net, {})[0]
+    fixed = {"net": net, "num_classes": self.classes, "labelled": self.labelled}
+    return examine.once(functools.partial(examine.of_samples, **fixed), self.setup.mesh)
+
+  @functools.cached_property
+  def _of_terms(self) -> Any:
+    return examine.compile_terms(self.setup)
+
+  @functools.cached_property
+  def _rates(self) -> Any:
+    return examine.once(functools.partial(experiment.learning_rates, self.c), self.setup.mesh)

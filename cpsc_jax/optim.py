@@ -27,20 +27,27 @@ def generator_optimiser(
 ) -> optax.GradientTransformation:
   """Adam with the config's schedule over `epochs` (of the run, or one for a generator that starts anew so often).
 
-  Such a generator, whose batch is another, has the config's learning rate whatever `rate_factor` is.
   `restarted_adam` is the published code's: rebuilt at every step, it has no moments, and its schedule never acts.
+  """
+  c, lr = config.generator, generator_schedule(config, steps_per_epoch, epochs)
+  adam = clipped(optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8), c.clip)
+  return restart_every_step(adam) if c.optimiser == "restarted_adam" else adam
+
+
+def generator_schedule(
+  config: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int | None = None
+) -> optax.ScalarOrSchedule:
+  """The generator's learning rate by its update, or one for all.
+
+  A generator that starts anew, whose batch is another, has the config's rate whatever `rate_factor` is.
   """
   c, highest = config.generator, config.generator.lr * (1.0 if epochs else rate_factor(config))
   epochs = epochs or config.schedule.horizon or config.schedule.epochs
-  restarted = c.optimiser == "restarted_adam"
-  if restarted:
-    lr = highest
-  elif c.schedule == "cosine":
-    lr = warmup_cosine(highest, 0, epochs * steps_per_epoch)
-  else:
-    lr = per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps_per_epoch)
-  adam = clipped(optax.adam(lr, b1=c.b1, b2=c.b2, eps=1e-8), c.clip)
-  return restart_every_step(adam) if restarted else adam
+  if c.optimiser == "restarted_adam":
+    return highest
+  if c.schedule == "cosine":
+    return warmup_cosine(highest, 0, epochs * steps_per_epoch)
+  return per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps_per_epoch)
 
 
 def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
@@ -68,8 +75,7 @@ def student_optimiser(
 
   A feature head that is `frozen` and the layer at `kept_layer` stay as they are, untouched by weight decay too.
   """
-  epochs = (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
-  tx = optimiser(config.student, steps_per_epoch, epochs, rate_factor(config))
+  tx = optimiser(config.student, steps_per_epoch, _epochs(config, waiting_epochs), rate_factor(config))
   head_is_kept = config.student.head == "frozen"
   if not (head_is_kept or kept_layer):
     return tx
@@ -83,6 +89,18 @@ def student_optimiser(
   return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
 
 
+def student_schedule(
+  config: ml_collections.ConfigDict, steps_per_epoch: int, waiting_epochs: int = 0
+) -> optax.Schedule:
+  """The student's learning rate by its update."""
+  return schedule(config.student, steps_per_epoch, _epochs(config, waiting_epochs), rate_factor(config))
+
+
+def _epochs(config: ml_collections.ConfigDict, waiting_epochs: int) -> int:
+  """Over which the student's learning rate changes."""
+  return (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
+
+
 def optimiser(
   c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int, factor: float = 1.0
 ) -> optax.GradientTransformation:
@@ -90,13 +108,7 @@ def optimiser(
 
   Its learning rates are multiplied by `factor`.
   """
-  steps, highest = steps_per_epoch, factor * c.lr
-  lr = {
-    "cosine": lambda: warmup_cosine(highest, c.warmup_epochs * steps, epochs * steps, factor * c.lr_end),
-    "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(highest, epochs), steps),
-    "published_steps": lambda: per_epoch(published_student_lr(highest, epochs), steps),
-    "steps": lambda: per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps),
-  }[c.schedule]()
+  lr = schedule(c, steps_per_epoch, epochs, factor)
   mask = None if c.decay_norms else matrices
   tx = {
     "sgd": lambda: sgd(lr, c.momentum, c.weight_decay, mask),
@@ -104,6 +116,17 @@ def optimiser(
     "adamw": lambda: optax.adamw(lr, b1=c.momentum, weight_decay=c.weight_decay, mask=mask),
   }[c.optimiser]()
   return clipped(tx, c.clip)
+
+
+def schedule(c: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int, factor: float = 1.0) -> optax.Schedule:
+  """The learning rates of `optimiser`."""
+  steps, highest = steps_per_epoch, factor * c.lr
+  return {
+    "cosine": lambda: warmup_cosine(highest, c.warmup_epochs * steps, epochs * steps, factor * c.lr_end),
+    "cosine_per_epoch": lambda: per_epoch(cosine_per_epoch(highest, epochs), steps),
+    "published_steps": lambda: per_epoch(published_student_lr(highest, epochs), steps),
+    "steps": lambda: per_epoch(milestones(highest, epochs, c.milestones, c.decay), steps),
+  }[c.schedule]()
 
 
 def matrices(params: Tree) -> Tree:

@@ -9,14 +9,16 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
 import numpy as np
 
-from cpsc_jax import checkpoint, checksums, datasets, environment, nets, report, saved, schema
+from cpsc_jax import checkpoint, checksums, datasets, diagnostics, environment, nets, report, saved, schema
 from cpsc_jax import config as configs
 from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
@@ -28,6 +30,7 @@ from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
 
+SECONDS_BETWEEN_PAGES = 10.0  # of a run that goes on
 _DELETE_ORIGIN = "delete it if nothing was exchanged since the run was begun; its checkpoints say so themselves"
 _DELETE_RESULTS = "delete that file and run the same command again to have it written anew"
 
@@ -229,52 +232,126 @@ def _digest_of_config(saved: dict) -> str:
   return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+def begun(
+  config: Config,
+  data: datasets.Data,
+  teacher: Teacher,
+  teacher_accuracy: float,
+  student: Tree,
+  test_images: int,
+  command: Sequence[str] | None,
+) -> dict:
+  """What results.json says that is known before the training; `student` are its variables as they will be saved."""
+  return {
+    **_about(config),
+    "teacher": _about_teacher(config, teacher, teacher_accuracy),
+    "student": {"net": config.student.net, "parameters": nets.count_parameters(student["params"])},
+    "evaluation": {"split": config.evaluate.split, "images": test_images},
+    "class_names": data.class_names(),
+    "versions": environment.versions(),
+    "hardware": environment.hardware(),
+    "command": shlex.join(command) if command else None,
+    "changed": configs.changes(config),
+    "config": json.loads(configs.dump(config)),
+  }
+
+
+@contextlib.contextmanager
+def journal(workdir: pathlib.Path | None, results: dict, setup: Setup, num_classes: int) -> Iterator["Journal | None"]:
+  """The run's `Journal`, None without a workdir; a page that is being written at the end of the block is completed."""
+  if workdir is None:
+    yield None
+    return
+  with futures.ThreadPoolExecutor(1, "cpsc_jax page") as threads:
+    yield Journal(workdir, results, setup, num_classes, threads)
+
+
+class Journal:
+  """What a run writes while it goes on: a file for every diagnosis, and the page of the run so far.
+
+  It is called as `cpsc_jax.loop.Plan.journal`; the page is written by one of `threads`, beside the training.
+  """
+
+  def __init__(self, workdir: pathlib.Path, results: dict, setup: Setup, num_classes: int, threads: futures.Executor):
+    """`results` is what `begun` gave."""
+    self._workdir, self._results, self._classes, self._threads = workdir, results, num_classes, threads
+    self._terms = list(setup.method.generator_terms) if setup.generator else []
+    self._writing: futures.Future | None = None
+    self._wrote = -float("inf")  # when the last page was begun
+
+  def __call__(self, history: list[dict], arrays: dict[str, Any]) -> None:
+    if arrays:
+      path = diagnosis_of(self._workdir, history[-1]["epoch"])
+      path.parent.mkdir(exist_ok=True)
+      save_arrays(path, **self._named(arrays))
+    idle = self._writing is None or self._writing.done()
+    if "accuracy" in history[-1] and idle and time.monotonic() - self._wrote >= SECONDS_BETWEEN_PAGES:
+      self._wrote = time.monotonic()
+      self._writing = self._threads.submit(self._write_page, list(history))
+
+  def _named(self, arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays as they are kept: with names for their entries, and what is wrong in words."""
+    arrays = dict(arrays)
+    if "norm_distance" in arrays:
+      layers = arrays.pop("norm_distance")
+      arrays["layers"] = np.array([name.partition(" ")[2] for name in layers])
+      arrays["norm_distance"] = np.array(list(layers.values()))
+    if "term_value" in arrays:
+      arrays["terms"] = np.array(self._terms)
+    return {**arrays, "warnings": np.array(diagnostics.warnings(arrays, self._classes), dtype=str)}
+
+  def _write_page(self, history: list[dict]) -> None:
+    scored = [entry for entry in history if "accuracy" in entry]
+    best = max(scored, key=lambda entry: entry["accuracy"])
+    scores = {which: _scores_of(entry) for which, entry in (("last", scored[-1]), ("best", best))}
+    results = {**self._results, "student": {**self._results["student"], **scores}}
+    try:
+      report.write_page(self._workdir, results, {"teacher": [], "student": history})
+    except OSError as error:
+      say(f"{self._workdir / report.PAGE} of the run so far cannot be written ({error.strerror or error})")
+
+
+def diagnosis_of(workdir: pathlib.Path, epoch: int) -> pathlib.Path:
+  """The file of what the diagnosis after an epoch found."""
+  return workdir / report.DIAGNOSTICS / f"{epoch:06d}.npz"
+
+
 def finish(
   workdir: pathlib.Path | None,
   config: Config,
   setup: Setup,
-  data: datasets.Data,
   teacher: Teacher,
-  teacher_accuracy: float,
+  results: dict,
   outcome: Outcome,
   sheet: tuple[np.ndarray, np.ndarray] | None,
-  test_images: int,
   started: float,
 ) -> Finished:
   """Works out the results of a training that has ended and, with a `workdir`, writes all of its files.
 
   Args:
+    results: what `begun` gave.
     sheet: (samples (C, n, H, W, K) in normalised space, label fidelity (C,)), or None where nothing was generated.
     started: time.monotonic() at which the whole run began.
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
-  card["class_names"] = data.class_names()
+  card["class_names"] = results["class_names"]
   generator_card = card | {key: config.generator[key] for key in ("net", *saved.GENERATOR_KEYS)}
   student_card = card | {
     "net": config.student.net,
-    "dataset": data.name,
+    "dataset": config.dataset.name,
     "teacher_digest": teacher.card.get("digest"),
   }
   net, last = nets.deployed(setup.student.net, outcome.state.student.variables)
   pool = setup.method.pool(outcome.state)
   generator = outcome.state.generator if setup.method.keeps_generator else None
-  results = {
-    **_about(config),
-    "teacher": _about_teacher(config, teacher, teacher_accuracy),
-    "student": {
-      "net": config.student.net,
-      "parameters": nets.count_parameters(last["params"]),
-      **_scores(config, outcome),
-    },
+  of_training = {
+    "student": {**results["student"], **_scores(config, outcome)},
     "generator": _about_generator(config, setup, outcome, sheet),
-    "evaluation": {"split": config.evaluate.split, "images": test_images},
     "samples": _samples_drawn(config, setup),
     "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},
-    "versions": environment.versions(),
-    "hardware": environment.hardware(),
     "environments": _environments(teacher, outcome),
-    "config": json.loads(configs.dump(config)),
   }
+  results = {**results, **of_training}
   started -= teacher.earlier_seconds + outcome.earlier_seconds
   results["agreement"] = results["student"][config.evaluate.headline]["agreement"]
   history = {"teacher": teacher.card.get("history", []), "student": outcome.history}
@@ -297,6 +374,10 @@ def finish(
 
 def _write_files(workdir, results, history, sheet, card, held, started) -> None:
   """results.json comes last: a folder that has it is complete."""
+  last = diagnosis_of(workdir, history["student"][-1]["epoch"])
+  if last.exists():
+    with np.load(last) as arrays:
+      results["warnings"] = arrays["warnings"].tolist()
   if sheet:
     images = datasets.denormalise(sheet[0][:, : report.COLUMNS], card["mean"], card["std"])
     save_arrays(workdir / "samples.npz", images=images)
@@ -305,7 +386,8 @@ def _write_files(workdir, results, history, sheet, card, held, started) -> None:
   write_whole(workdir / "history.json", (json.dumps(history, sort_keys=True) + "\n").encode())
   with working("drawing the pictures"):
     report.draw(workdir, results)
-  results["seconds"] = time.monotonic() - started
+    results["seconds"] = time.monotonic() - started
+    report.write_page(workdir, results, history)
   scratch = workdir / "results.json.partial"
   scratch.write_text(json.dumps(results, indent=2) + "\n")
   checksums.write(workdir, _lasting(workdir) | {"results.json": scratch})
@@ -316,7 +398,7 @@ def _lasting(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
   """{name: path} of what a finished run leaves, but for pictures, logs and checkpoints."""
   names = ("config.json", "origin.json", "history.json", "samples.npz", "pool.npz")
   files = [workdir / name for name in names]
-  files += [path for name in saved.WHICH for path in (workdir / name).rglob("*")]
+  files += [path for name in (*saved.WHICH, report.DIAGNOSTICS) for path in (workdir / name).rglob("*")]
   return {str(path.relative_to(workdir)): path for path in files if path.is_file()}
 
 
@@ -352,7 +434,11 @@ def _scores(config: Config, outcome: Outcome) -> dict:
   """Epoch, accuracy and agreement of the last and of the best epoch."""
   scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
   epochs = {"last": config.schedule.epochs, "best": outcome.best_epoch}
-  return {which: {k: scored[e][k] for k in ("epoch", "accuracy", "agreement")} for which, e in epochs.items()}
+  return {which: _scores_of(scored[e]) for which, e in epochs.items()}
+
+
+def _scores_of(entry: dict) -> dict:
+  return {key: entry[key] for key in ("epoch", "accuracy", "agreement")}
 
 
 def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any) -> dict | None:

@@ -1,8 +1,10 @@
-"""Pictures and a table of a finished run, made from the files in its working directory.
+"""Pictures, a table and a page of a finished run, or a page of several, made from the files in working directories.
 
-cpsc-jax report WORKDIR draws curves.png and samples.png again and prints the table.
+cpsc-jax report WORKDIR draws curves.png, samples.png and report.html again and prints the table;
+cpsc-jax report WORKDIR WORKDIR ... --out FILE.html compares runs on one page.
 """
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,6 +12,7 @@ import os
 import pathlib
 import sys
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.axes
@@ -18,10 +21,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cpsc_jax import checksums
+from cpsc_jax import checksums, page
 from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal, first_line
 
+PAGE = "report.html"
+DIAGNOSTICS = "diagnostics"  # the folder of what diagnoses found, an .npz file for each epoch
+COMPARISON = "comparison.html"
+MOST_NEIGHBOURS = 200  # folders beside a run in which its control arms are looked for
 COLUMNS = 12  # samples in a row of samples.png
 FIDELITIES = ("label_fidelity", "pool_fidelity")  # of fresh samples, of an image pool; a run has one of them
 SCORES = ("accuracy", "agreement", *FIDELITIES)
@@ -39,6 +46,8 @@ RESULTS = {
   "evaluation.images": NUMBER,
   "seconds_by_part.teacher": NUMBER,
   "seconds_by_part.student": NUMBER,
+  "config.schedule.epochs": NUMBER,
+  "config.loss": dict,
   "hardware.device": str,
   "hardware.devices": NUMBER,
   "teacher.net": str,
@@ -57,7 +66,7 @@ FIDELITY = {"": (*NUMBER, type(None)), "_per_class": (list, type(None))}
 
 
 def report(workdir: str | pathlib.Path) -> list[pathlib.Path]:
-  """Draws the pictures of a finished run again, prints its table, and returns the pictures' paths.
+  """Draws the pictures of a finished run and writes its page again, prints its table, and returns the files' paths.
 
   Raises:
     Refusal: no run, an unfinished one, files that are damaged, or a folder that cannot be written to.
@@ -65,10 +74,98 @@ def report(workdir: str | pathlib.Path) -> list[pathlib.Path]:
   results = read_results(workdir)
   try:
     pictures = draw(workdir, results)
+    pictures.append(write_page(workdir, results, _read_history(pathlib.Path(workdir) / "history.json")))
   except OSError as error:
     raise Refusal(f"cannot write to {workdir} ({error.strerror or error}); make it writable.") from error
   print_table(results)
   return pictures
+
+
+def write_page(workdir: str | pathlib.Path, results: dict[str, Any], history: dict[str, list[dict]]) -> pathlib.Path:
+  """Writes report.html into `workdir` and returns its path.
+
+  Reads samples.npz and the folder diagnostics/ there, where they are; for a finished run also the control arms in the
+  folders beside it. `results` and `history` are what results.json and history.json hold or, of a run that goes on, will
+  hold as far as it is known.
+
+  Raises:
+    Refusal: one of these files is damaged.
+  """
+  workdir = pathlib.Path(workdir)
+  run = _run(workdir, results, history)
+  text = page.run_page(run, _control_arms(workdir, results) if run.finished else ())
+  return _write_text(workdir / PAGE, text)
+
+
+def compare(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
+  """Writes one page of several finished runs to `out` and returns its path.
+
+  Raises:
+    Refusal: as `report`, or a folder that is named twice.
+  """
+  runs = []
+  for workdir in map(pathlib.Path, workdirs):
+    results = read_results(workdir)
+    runs.append(_run(workdir, results, _read_history(workdir / "history.json")))
+  names = [run.name for run in runs]
+  if len(set(names)) < len(names):
+    runs = [dataclasses.replace(run, name=str(workdir)) for run, workdir in zip(runs, workdirs, strict=True)]
+  if len({run.name for run in runs}) < len(runs):
+    raise Refusal("a folder is named twice; name every run once.")
+  try:
+    return _write_text(pathlib.Path(out), page.comparison_page(runs))
+  except OSError as error:
+    raise Refusal(f"cannot write {out} ({error.strerror or error}); choose another --out.") from error
+
+
+def _run(workdir: pathlib.Path, results: dict[str, Any], history: dict[str, list[dict]]) -> page.Run:
+  finished, samples = "seconds" in results, workdir / "samples.npz"
+  diagnoses = {
+    int(path.stem): _read_arrays(path)
+    for path in sorted((workdir / DIAGNOSTICS).glob("*.npz"))
+    if path.stem.isdecimal()
+  }
+  done = history["student"][-1]["epoch"] if history["student"] else 0
+  return page.Run(
+    name=workdir.resolve().name,
+    results=results,
+    history=history["student"],
+    diagnoses={epoch: arrays for epoch, arrays in diagnoses.items() if epoch <= done},
+    samples=_read_samples(samples) if finished and results.get("generator") and samples.exists() else None,
+  )
+
+
+def _control_arms(workdir: pathlib.Path, results: dict[str, Any]) -> list[page.Run]:
+  """Finished runs in the folders beside `workdir` that have its config but for the arm, and its teacher."""
+
+  def settings(results: dict[str, Any]) -> dict[str, Any]:
+    config = {key: value for key, value in results["config"].items() if key not in ("name", "arm")}
+    places = {"dataset": "data_dir", "teacher": "checkpoint"}
+    return {
+      **config,
+      **{section: {k: v for k, v in config[section].items() if k != key} for section, key in places.items()},
+    }
+
+  found = []
+  for path in sorted(workdir.resolve().parent.glob("*/results.json"))[:MOST_NEIGHBOURS]:
+    if path.parent == workdir.resolve():
+      continue
+    try:
+      other = read_results(path.parent)
+      same = settings(other) == settings(results) and other["teacher"]["digest"] == results["teacher"]["digest"]
+      if same and other["arm"] != results["arm"] and other["arm"] != "distill":
+        found.append(_run(path.parent, other, {"student": []}))
+    except (Refusal, KeyError, TypeError, AttributeError):  # what is damaged or another program's is no control arm
+      continue
+  return found
+
+
+def _write_text(path: pathlib.Path, text: str) -> pathlib.Path:
+  """Writes a file, whole or not at all."""
+  scratch = path.with_name(f"{path.name}.partial")
+  scratch.write_text(text)
+  os.replace(scratch, path)
+  return path
 
 
 def read_results(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -233,6 +330,8 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_row("generator", generator["net"], f"{generator['parameters']:,}", shown, "")
   console = Console(width=None if Console().is_terminal else 110, markup=False, emoji=False)
   console.print(table)
+  for warning in results.get("warnings", ()):
+    console.print(f"warning: {warning}")
   devices = f"{results['hardware']['devices']} x {results['hardware']['device']}"
   console.print(f"{seconds_in_words(results)}, on {devices}; {images} {split} images")
 
@@ -322,24 +421,35 @@ def _read_history(path: pathlib.Path) -> dict[str, list[dict]]:
 
 
 def _read_samples(path: pathlib.Path) -> np.ndarray:
-  try:
-    with np.load(path) as arrays:
-      images = arrays["images"]
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise Refusal(f"cannot read {path} ({first_line(error)}); {AGAIN}.") from error
+  images = _read_arrays(path, "images")["images"]
   if images.ndim != 5 or images.dtype.kind != "f" or 0 in images.shape or images.shape[-1] not in (1, 3):
     raise Refusal(f"{path} has images {images.shape} {images.dtype}, not (C, n, H, W, 1 or 3) of floats; {AGAIN}.")
   return images
 
 
+def _read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
+  """The named arrays of an .npz file, by default all of them."""
+  try:
+    with np.load(path) as arrays:
+      return {name: arrays[name] for name in names or arrays.files}
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise Refusal(f"cannot read {path} ({first_line(error)}); {AGAIN}.") from error
+
+
 def main(argv: list[str] | None = None) -> int:
   """Parses flags, draws and prints; returns the exit code."""
   flags = Flags(prog="cpsc-jax report", description=__doc__.split("\n")[0])
-  flags.add_argument("workdir", help="of a finished run")
+  flags.add_argument("workdir", nargs="+", help="of a finished run; several are compared on one page")
+  flags.add_argument("--out", help=f"where the page of several runs goes (default: {COMPARISON})")
 
   def work(args):
-    for picture in report(args.workdir):
-      print(f"drawn: {picture}")
+    if len(args.workdir) > 1:
+      print(f"written: {compare(args.workdir, args.out or COMPARISON)}")
+      return
+    if args.out:
+      raise Refusal(f"--out is for several runs; the page of one is in its own folder, as {PAGE}.")
+    for path in report(*args.workdir):
+      print(f"drawn: {path}")
 
   return run_command(work, flags, argv)
 

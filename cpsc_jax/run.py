@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -22,6 +22,7 @@ def run(
   data: datasets.Data | None = None,
   given: teach.Teacher | None = None,
   on_epoch: Callable[[dict], None] | None = None,
+  command: Sequence[str] | None = None,
 ) -> record.Finished:
   """Carries out a config and returns what came of it; with a `workdir`, everything is also written there.
 
@@ -32,6 +33,7 @@ def run(
     data: the data set, in place of the config's.
     given: a teacher, in place of the config's.
     on_epoch: is called with every epoch's entry of the history.
+    command: the words of the command line, for the record.
 
   Raises:
     Refusal: bad config, missing data, a teacher that does not fit, or a workdir that belongs to another config.
@@ -46,7 +48,7 @@ def run(
     return record.Finished(results)
   primary_first(data.require)
   with record.claimed(workdir, c):
-    return _carry_out(c, workdir, mesh, data, given, card, on_epoch, started)
+    return _carry_out(c, workdir, mesh, data, given, card, on_epoch, command, started)
 
 
 def _carry_out(
@@ -57,6 +59,7 @@ def _carry_out(
   given: teach.Teacher | None,
   card: dict,
   on_epoch: Callable[[dict], None] | None,
+  command: Sequence[str] | None,
   started: float,
 ) -> record.Finished:
   """The work of `run`, in a workdir of its own; `card` is the teacher's."""
@@ -76,22 +79,28 @@ def _carry_out(
     epoch, state = distillation(c, setup, teacher, data)
   measures = Measures(c, setup, teacher, test)
   say(measures.headline(state))
-  plan = Plan(
-    title=c.arm,
-    epoch=epoch,
-    measure=measures,
-    variables=measures.student,
-    epochs=c.schedule.epochs,
-    measure_every=c.evaluate.every,
-    save_every=c.checkpoint.every,
-    save_minutes=c.checkpoint.minutes,
-    workdir=workdir,
-    on_epoch=on_epoch,
-    origin=origin,
-  )
-  outcome = train(plan, state)
-  sheet = measures.sheet(outcome.state)
-  return record.finish(workdir, c, setup, data, teacher, measures.teacher_accuracy, outcome, sheet, len(test), started)
+  accuracy, student = measures.teacher_accuracy, measures.student(state)
+  results = record.begun(c, data, teacher, accuracy, student, len(test), command)
+  with record.journal(workdir, results, setup, data.spec.num_classes) as journal:
+    plan = Plan(
+      title=c.arm,
+      epoch=epoch,
+      measure=measures,
+      variables=measures.student,
+      epochs=c.schedule.epochs,
+      measure_every=c.evaluate.every,
+      save_every=c.checkpoint.every,
+      save_minutes=c.checkpoint.minutes,
+      workdir=workdir,
+      on_epoch=on_epoch,
+      diagnose=measures.diagnose,
+      diagnose_every=c.evaluate.diagnostics_every,
+      journal=journal,
+      settings=dict(schema.flatten(c)),
+      origin=origin,
+    )
+    outcome = train(plan, state)
+  return record.finish(workdir, c, setup, teacher, results, outcome, measures.sheet(outcome.state), started)
 
 
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:

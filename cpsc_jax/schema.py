@@ -370,7 +370,15 @@ KEYS: dict[str, Key] = {
   ),
   "evaluate.every": Key(1, "epochs between evaluations; the last epoch is always evaluated", COUNT),
   "evaluate.batch_size": Key(500, "images at a time; any number, every image is counted once", SIZE),
-  "evaluate.samples_per_class": Key(100, "fresh samples for label fidelity", SIZE),
+  "evaluate.samples_per_class": Key(100, "fresh samples for label fidelity and diagnostics", SIZE),
+  "evaluate.diagnostics_every": Key(
+    10, "epochs between diagnoses (docs/report.md); the last epoch is always diagnosed; 0: none is", COUNT_OR_NONE
+  ),
+  "evaluate.gradients": Key(
+    True,
+    "whether a diagnosis also looks at the gradients of the generator's terms, and at batch norms: a program of its"
+    " own, which takes a CPU some seconds to compile",
+  ),
   "checkpoint.every": Key(10, "epochs between checkpoints; the last epoch is always saved", COUNT),
   "checkpoint.minutes": Key(
     10.0, "and at the end of an epoch if so many minutes have passed since the last one", POSITIVE

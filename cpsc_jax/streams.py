@@ -14,10 +14,12 @@ import jax
 class Stream(enum.StrEnum):
   """What a key is for. Children of one parent differ by their stream."""
 
-  # of a run, from its seed: its two phases and the samples that are shown
+  # of a run, from its seed: its two phases, the samples that are shown, and what diagnoses draw
   TEACHER = "teacher"
   DISTILLATION = "distillation"
   SAMPLE_SHEET = "sample_sheet"
+  PROBES = "probes"
+  DIAGNOSIS = "diagnosis"
   # of a phase
   GENERATOR_INIT = "generator_init"
   STUDENT_INIT = "student_init"

@@ -153,7 +153,7 @@ def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split
   classify = evaluate.compile_classifier(deployed, card["mean"], card["std"], config.evaluate.batch_size, mesh)
 
   def measure(state: State) -> dict[str, jax.Array]:
-    predictions = classify(state.student.variables, test.images)
+    predictions = classify(state.student.variables, test.images).labels
     return {"accuracy": evaluate.share_equal(predictions, test.labels)}
 
   plan = Plan(

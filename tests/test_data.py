@@ -239,7 +239,7 @@ class Reader:
 def test_every_image_is_evaluated_exactly_once(batch_size):
   images = jnp.arange(10, dtype=jnp.uint8).reshape(10, 1, 1, 1) * 20
   classify = evaluate.compile_classifier(Reader(), (0.5,), (0.5,), batch_size, make_mesh())
-  assert classify({}, images).tolist() == [20 * i for i in range(10)]
+  assert classify({}, images).labels.tolist() == [20 * i for i in range(10)]
 
 
 def test_normalise_and_back():

@@ -80,6 +80,42 @@ def test_on_epoch_receives_every_new_entry(tmp_path):
   assert first + second == outcome.history and len(second) == 2
 
 
+def diagnosing(plan, journal=None, every=2):
+  """The plan with diagnoses: a number, one that is not known, an array and a dictionary of arrays."""
+
+  def diagnose(state, epoch):
+    layers = {"000 a": state["x"].sum(), "001 b": jnp.float32(epoch)}
+    return {"height": state["x"][0], "unknown": jnp.float32(jnp.nan), "rows": state["x"], "layers": layers}
+
+  return dataclasses.replace(plan, diagnose=diagnose, diagnose_every=every, journal=journal)
+
+
+def test_diagnoses_join_the_history_and_the_journal(tmp_path):
+  journal = []
+  kept = diagnosing(plan(tmp_path, epochs=5), lambda history, arrays: journal.append((history[-1]["epoch"], arrays)))
+  outcome, without = train(kept, START), train(plan(tmp_path / "without", epochs=5), START)
+  found = {entry["epoch"]: entry["diagnostics"] for entry in outcome.history if "diagnostics" in entry}
+  assert found == {epoch: {"height": pytest.approx(1.5**epoch)} for epoch in (2, 4, 5)}, "and after the last epoch"
+  assert [epoch for epoch, _ in journal] == [1, 2, 3, 4, 5]
+  for epoch, arrays in journal:
+    assert bool(arrays) == (epoch in found)
+    if arrays:
+      np.testing.assert_allclose(arrays["rows"], 1.5**epoch)
+      assert float(arrays["layers"]["001 b"]) == epoch and arrays["epoch_seconds"] > 0
+  for entry in outcome.history:
+    entry.pop("diagnostics", None)
+  assert outcome.history == without.history
+  np.testing.assert_array_equal(outcome.state["x"], without.state["x"])
+  never = train(diagnosing(plan(None, epochs=2), every=0), START)
+  assert not any("diagnostics" in entry for entry in never.history)
+
+
+def test_diagnoses_of_a_resumed_training(tmp_path):
+  whole = train(diagnosing(plan(tmp_path / "whole")), START)
+  train(diagnosing(plan(tmp_path / "parts", epochs=4)), START)
+  assert train(diagnosing(plan(tmp_path / "parts")), START).history == whole.history
+
+
 def test_seconds_of_a_resumed_training(tmp_path):
   first = train(plan(tmp_path, epochs=4), START)
   assert first.earlier_seconds == 0 < first.seconds
@@ -180,10 +216,23 @@ def best_like():
 
 def test_event_files_are_readable(tmp_path):
   accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-  train(plan(tmp_path), START)
+  pictures = jnp.zeros((3, 4, 8, 8, 1), jnp.uint8)
+  kept = diagnosing(plan(tmp_path))
+  diagnose = kept.diagnose
+  kept = dataclasses.replace(
+    kept,
+    diagnose=lambda *of: {**diagnose(*of), "grid": pictures},
+    settings={"student.lr": 0.1, "student.milestones": (1, 2), "student.flip": True, "method": "cpsc"},
+  )
+  train(kept, START)
   events = accumulator.EventAccumulator(str(tmp_path / "events"))
   events.Reload()
-  assert {"accuracy", "generator/ce", "generator/total"} <= set(events.Tags()["scalars"])
+  assert {"accuracy", "generator/ce", "generator/total", "epoch_seconds"} <= set(events.Tags()["scalars"])
+  assert [e.step for e in events.Scalars("diagnostics/height")] == [2, 4, 6]
+  grids = events.Images("grid")
+  assert [(e.step, e.height, e.width) for e in grids] == [(step, 24, 32) for step in (2, 4, 6)]
+  content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+  assert b"student.lr" in content and b"(1, 2)" in content
   assert [e.step for e in events.Scalars("accuracy")] == [1, 2, 3, 4, 5, 6]
   assert events.Scalars("generator/total")[1].value == pytest.approx(6.0)
 

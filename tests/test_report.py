@@ -40,6 +40,10 @@ def made_up(epochs=40, every=1, players=("generator", "student"), classes=10, sp
     "seconds": 121.7,
     "seconds_by_part": {"teacher": 17.6, "student": 92.9},
     "hardware": {"device": "cpu", "devices": 1},
+    "config": {
+      "schedule": {"epochs": epochs},
+      "loss": {player: dict.fromkeys(TERMS[player], 0.5) for player in players},
+    },
   }
   return results, {"teacher": [], "student": entries}, rng.uniform(size=(classes or 1, 5, 8, 8, 1)).astype(np.float32)
 
@@ -73,7 +77,8 @@ def test_command_draws_and_prints(workdir, capsys):
   folder = workdir()
   before = {path.name for path in folder.iterdir()}
   assert report.main([str(folder)]) == 0
-  assert {path.name for path in folder.iterdir()} - before == {"curves.png", "samples.png"}, "and nothing half written"
+  drawn = {path.name for path in folder.iterdir()} - before
+  assert drawn == {"curves.png", "samples.png", "report.html"}, "and nothing half written"
   for picture in ("curves.png", "samples.png"):
     pixels = matplotlib.image.imread(folder / picture)
     assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, f"{picture} shows nothing"

@@ -60,7 +60,8 @@ def test_history(finished):
   weights = results_of(finished)["config"]["loss"]
   assert [entry["epoch"] for entry in history["student"]] == [1, 2]
   for entry in history["student"]:
-    assert entry.keys() == {"epoch", "terms", "totals", "accuracy", "agreement", "label_fidelity"}
+    scores = {"accuracy", "agreement", "label_fidelity"}
+    assert entry.keys() - {"diagnostics"} == {"epoch", "terms", "totals", *scores}
     named = [name.split("/") for name in entry["terms"]]
     for player in ("generator", "student"):
       ours = {term: weights[player][term] for who, term in named if who == player}
@@ -81,6 +82,8 @@ def test_files(finished):
     "origin.json",
     "samples.png",
     "curves.png",
+    "report.html",
+    "diagnostics",
     "history.json",
     "events",
     "teacher",
@@ -112,7 +115,7 @@ def test_saved_nets_reproduce_the_figures(finished, digits_dir):
     like = nets.init(net, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
     variables, card = checkpoint.load_net(finished / folder, like)
     classify = evaluate.compile_classifier(net, card["mean"], card["std"], 64, make_mesh())
-    assert float(evaluate.share_equal(classify(variables, test.images), test.labels)) == pytest.approx(want)
+    assert float(evaluate.share_equal(classify(variables, test.images).labels, test.labels)) == pytest.approx(want)
   assert checkpoint.read_card(finished / "teacher")["digest"] == results["teacher"]["digest"]
 
 
@@ -252,7 +255,17 @@ def outcome(workdir):
     folder: checkpoint.read_card(workdir / folder)["digest"]
     for folder in ("teacher", "student", "student_best", "generator")
   }
-  return cards, history, results["student"], results["generator"], results["teacher"]
+  return cards, history, results["student"], results["generator"], results["teacher"], diagnoses(workdir)
+
+
+def diagnoses(workdir):
+  """The bytes of every array that diagnoses left, but for the clock's."""
+  found = {}
+  for path in sorted((workdir / "diagnostics").glob("*.npz")):
+    with np.load(path) as arrays:
+      found[path.name] = {name: arrays[name].tobytes() for name in arrays.files if name != "epoch_seconds"}
+  assert found
+  return found
 
 
 def test_killed_and_resumed_ends_bit_identical(tmp_path, digits_dir, monkeypatch):

@@ -226,7 +226,7 @@ def accuracy(args: argparse.Namespace, net: Any, variables: dict[str, Any], card
   """Prints and returns the accuracy on the test split of --check, between 0 and 1."""
   test = datasets.find(args.check, args.data_dir).load_evaluation("test")
   classify = evaluate.compile_classifier(net, card["mean"], card["std"], CHECK_BATCH, make_mesh())
-  correct = int(jnp.sum(classify(variables, test.images) == test.labels))
+  correct = int(jnp.sum(classify(variables, test.images).labels == test.labels))
   say(f"  accuracy       {correct / len(test):.4f} ({correct:,} of the {len(test):,} test images of '{args.check}')")
   return correct / len(test)
 
