@@ -7,9 +7,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from cpsc_jax import methods, nets, schema
+from cpsc_jax import files, methods, nets, schema
 from cpsc_jax.datasets import Dataset
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import check_divisible, device_memory
 from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.setup import Player
@@ -17,6 +17,7 @@ from cpsc_jax.setup import Player
 Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
 EMBEDDINGS = ("classifier", "one_hot", "learned")
+LARGEST_EMBEDDING = 2**30  # bytes of a file
 
 
 def as_published(config: ml_collections.ConfigDict) -> None:
@@ -159,9 +160,12 @@ def read_embedding(path: str, num_classes: int) -> np.ndarray:
   """
   needed = f"it must be one of {', '.join(EMBEDDINGS)}, or a .npy file with one row of numbers for each class"
   try:
-    rows = np.load(path, allow_pickle=False)
-  except (OSError, ValueError) as error:
-    raise Refusal(f"config.generator.embedding is '{path}', which cannot be read ({error}); {needed}.") from None
+    with files.opened(path, LARGEST_EMBEDDING) as file:
+      rows = np.load(file, allow_pickle=False)
+  except Exception as error:  # NumPy raises various types for damaged files
+    raise Refusal(
+      f"config.generator.embedding is '{path}', which cannot be read ({first_line(error)}); {needed}."
+    ) from None
   if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[0] != num_classes or not rows.shape[1]:
     shape = getattr(rows, "shape", "no array")
     raise Refusal(f"config.generator.embedding is '{path}' of shape {shape}; {needed}, so ({num_classes}, width).")

@@ -7,7 +7,8 @@ cpsc-jax --config digits [--workdir DIR] [--config.seed=1 ...]
 --config.KEY=VALUE    overrides a key of the config, such as --config.student.lr=0.05
 --dry-run             says what would be read, computed and written, how much memory and time it needs, and ends
 --help, --list, --version
-                      every key with the config's values; ready configs, methods, nets and data sets; versions
+                      every key with the config's values, and what --list tells: ready configs and their variants,
+                      methods, nets and data sets; versions
 """
 
 import contextlib
@@ -130,13 +131,14 @@ def information(argv: Sequence[str]) -> str:
   """
   if "--version" in argv:
     return describe.versions()
-  if "--list" in argv:
-    return describe.inventory({name: summary(file) for name, file in ready_configs().items()})
-  if not HELP_FLAGS & set(argv):
+  if not (HELP_FLAGS | {"--list"}) & set(argv):
     return ""
+  inventory = describe.inventory({name: summary(file) for name, file in ready_configs().items()})
+  if "--list" in argv:
+    return inventory
   rest = [word for word in argv if word not in HELP_FLAGS | DRY_FLAGS]
   config = parse(rest)[0] if len(rest) > 1 else configs.default.get_config()
-  return f"{__doc__}{describe.keys(dict(schema.flatten(config)))}"
+  return f"{__doc__}{describe.keys(dict(schema.flatten(config)))}\n\n{inventory}"
 
 
 def summary(file: pathlib.Path) -> str:

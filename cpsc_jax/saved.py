@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cpsc_jax import checkpoint, files, nets
-from cpsc_jax.errors import Refusal
+from cpsc_jax.errors import Refusal, first_line
 
 WHICH = ("student", "student_best", "teacher", "generator")
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
@@ -89,7 +89,12 @@ def load(folder: str | pathlib.Path) -> SavedNet:
   if wrong:
     raise Refusal(f"{folder / checkpoint.CARD} {wrong}; save the net again.")
   net, inputs = rebuild(card)
-  shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
+  try:
+    shapes = jax.eval_shape(lambda key: nets.init(net, key, *inputs), jax.random.key(0))
+  except (TypeError, ValueError) as error:  # JAX says so of shapes that do not fit
+    raise Refusal(
+      f"{folder / checkpoint.CARD} describes a net that cannot be built ({first_line(error)}); save the net again."
+    ) from error
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # it may have been saved from devices not present
   like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
   variables, _ = checkpoint.load_net(folder, like)

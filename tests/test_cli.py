@@ -69,6 +69,7 @@ def test_a_run_explains_its_flags(capsys):
   assert "--config.student.lr=0.07 (default: 0.1)" in shown and "--config.schedule.epochs=2 (default: 600)" in shown
   assert all(f"--config.{name}=" in shown for name in schema.KEYS)
   assert "at least 0 and less than 1" in shown and "mse, log" in shown
+  assert all(word in shown for word in ("NAME:smoke", "zskt", "mobilenet_v2", "wrn_D_K", "dcgan", "tiny_imagenet"))
   assert run.main(["main", "--help"]) == 0
   assert "--config.student.lr=0.1\n" in capsys.readouterr().out
   assert main(["--config=cmi_cifar10", "-h"]) == 0

@@ -252,9 +252,7 @@ def test_calls_are_refused_and_not_made(name, form, tmp_path, capsys):
   assert "could run code" in line and not mark.exists()
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) if n == "too many blocks" else n for n in CONTENTS]
-)
+@pytest.mark.parametrize("name", CONTENTS)
 def test_contents_are_refused(name, tmp_path, capsys):
   refuse(capsys, write(tmp_path / "odd.pth", CONTENTS[name]()))
 

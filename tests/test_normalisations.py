@@ -10,8 +10,9 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
-from cpsc_jax import nets
+from cpsc_jax import nets, saved
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop.convert import __main__ as convert
 from cpsc_jax.interop.convert import families, mapping, normalisations, torch_files
 from cpsc_jax.interop.convert.__main__ import main, shapes_of
 from cpsc_jax.state import Output
@@ -57,6 +58,17 @@ def test_the_right_one_is_found_on_other_images(name, augmentation):
   matches = normalisations.rank(net, variables, smooth_images(seed=1), tried)
   assert matches[0].name == name and matches[0].cropped == augmentation and matches[0].distance < 0.02
   assert [m.distance for m in matches] == sorted(m.distance for m in matches) and len(matches) == len(tried)
+
+
+def test_images_are_looked_at_in_parts_with_the_same_result(monkeypatch):
+  tried = normalisations.candidates(3, {})
+  net, variables = taught(smooth_images(), *tried["ImageNet"])
+  found = []
+  for at_once in (200 * 32**2, 50 * 32**2):
+    monkeypatch.setattr(normalisations, "AT_ONCE", at_once)
+    found.append(normalisations.rank(net, variables, smooth_images(seed=1), tried))
+  for whole, parts in zip(*found, strict=True):
+    assert whole.name == parts.name and whole.distance == pytest.approx(parts.distance, rel=1e-3, abs=1e-6)
 
 
 def test_one_that_is_none_of_the_known_is_not_sure():
@@ -106,28 +118,76 @@ def test_folders_of_images(tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs():
-  """{data set: test images}, of the real archives."""
+  """{data set: (test images, labels)}, of the real archives."""
   if not CHECKPOINTS.exists():
     pytest.skip("needs the checkpoints and images of ../shared/data")
   sys.path.insert(0, str(SHARED / "data"))
   unpack = pytest.importorskip("unpack")
-  cifar100 = unpack.mosaics(SHARED / "data" / "cifar100" / "test.npz")[0]
-  return {"cifar10": unpack.cifar10("test")[0], "cifar100": cifar100}
+  cifar100 = unpack.mosaics(SHARED / "data" / "cifar100" / "test.npz")
+  return {"cifar10": unpack.cifar10("test")[:2], "cifar100": cifar100[:2]}
+
+
+TRIED = ("most CIFAR-10 code", "CIFAR-10", "CIFAR-100", "ImageNet")
+EVERY = 4  # how many of the test images stand for one that is classified
+
+
+def decided(source, *flags):
+  """What the converter decides about a checkpoint, in words; (words, how it came to it, mean)."""
+  args = convert.parser().parse_args([str(source), "--out", "nowhere", *map(str, flags)])
+  weights, _ = torch_files.read(args.source)
+  shapes = {key: array.shape for key, array in weights.items()}
+  family, name = families.recognise(shapes)
+  facts = family.measure(shapes)
+  card = {"net": name, "image_size": 32, **facts}
+  net, inputs = saved.rebuild(card)
+  variables = mapping.from_torch(family.naming, weights, shapes_of(net, inputs))
+  data = convert.customary_data(facts)
+  return *convert.normalisation(args, family, card, data, net, variables), net, variables
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", RIGHT)
-def test_of_real_checkpoints_the_right_one_is_chosen_and_surely(photographs, file):
-  """Of others' training, on test images that it has not seen."""
-  weights, _ = torch_files.read(CHECKPOINTS / file)
-  shapes = {key: array.shape for key, array in weights.items()}
-  family, name = families.recognise(shapes)
-  net = nets.classifier(name, family.measure(shapes)["num_classes"])
-  variables = mapping.from_torch(family.naming, weights, shapes_of(net, (np.zeros((2, 32, 32, 3), np.float32),)))
-  images = photographs["cifar100" if "cifar100" in file else "cifar10"]
-  matches = normalisations.rank(net, variables, images, normalisations.candidates(3, {}))
-  print(file, [(m.name, round(m.distance, 4), m.cropped) for m in matches])
-  assert matches[0].name == RIGHT[file] and normalisations.is_sure(matches)
+def test_real_checkpoints_are_never_wrong_in_silence(photographs, tmp_path):
+  """Accuracy of others' nets under each normalisation, and what the converter takes or warns of. Prints a table."""
+  rows, folders = [], {}
+  for name, (images, _) in photographs.items():
+    folders[name] = tmp_path / name
+    folders[name].mkdir()
+    for number, image in enumerate(images[:: len(images) // 1000]):
+      Image.fromarray(image).save(folders[name] / f"{number:05d}.png")
+  for file, right in RIGHT.items():
+    images, labels = photographs["cifar100" if "cifar100" in file else "cifar10"]
+    source, given = CHECKPOINTS / file, ("--images", folders["cifar100" if "cifar100" in file else "cifar10"])
+    seen, doubts, net, variables = decided(source, *given)
+    wanted = normalisations.KNOWN[right]
+    assert normalisations.same((seen["mean"], seen["std"]), wanted) and not doubts and right in seen["normalisation"]
+    blind, warned, *_ = decided(source)
+    is_right = normalisations.same((blind["mean"], blind["std"]), wanted)
+    assert warned and "not compared" in warned[0]
+    batches, wanted_labels = jnp.asarray(images[::EVERY]).reshape(-1, 250, 32, 32, 3), labels[::EVERY].reshape(-1, 250)
+
+    @jax.jit
+    def predicted(mean, std, net=net, variables=variables, batches=batches):
+      def classify(batch):
+        return jnp.argmax(net.apply(variables, (batch / 255 - mean) / std, train=False).logits, axis=1)
+
+      return jax.lax.map(classify, batches)
+
+    shares, told = {}, []
+    for name in TRIED:
+      mean, std = normalisations.KNOWN[name]
+      shares[name] = float(np.mean(np.asarray(predicted(jnp.asarray(mean), jnp.asarray(std))) == wanted_labels))
+      flags = (f"--mean={','.join(map(str, mean))}", f"--std={','.join(map(str, std))}")
+      (said, warning, *_), (alone, silence, *_) = decided(source, *flags, *given), decided(source, *flags)
+      assert said["mean"] == list(mean) and bool(warning) == (name != right)
+      assert all(f"that of {right} fits the images better" in line for line in warning)
+      assert not silence and "not compared with what the net has stored" in alone["normalisation"]
+      told.append("right" if name == right else "warned")
+    assert shares[right] > max(shares.values()) - 0.01
+    cells = [f"**{100 * share:.1f}**" if name == right else f"{100 * share:.1f}" for name, share in shares.items()]
+    print(file, seen["normalisation"], sep=": ")
+    without = "right, warned" if is_right else f"wrong ({blind['normalisation']}), warned"
+    rows.append(f"| {file} | {' | '.join(cells)} | {right}, sure | {without} | {', '.join(told)} |")
+  print("\n".join(rows))
 
 
 @pytest.mark.skipif(not CHECKPOINTS.exists(), reason="needs the checkpoints of ../shared/data")

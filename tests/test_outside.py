@@ -7,15 +7,16 @@ import collections
 import os
 import random
 
+import numpy as np
 import outside
 import pytest
 from conftest import SMOKE
 
-from cpsc_jax import teach
+from cpsc_jax import config, teach
 from cpsc_jax.errors import Refusal
 
 torch = pytest.importorskip("torch", reason="the files are made with torch: pip install -e '.[test]'")
-from test_hostile import SMALL, suffix, tensors, write  # noqa: E402
+from test_hostile import CALLS, SMALL, suffix, tensors, write  # noqa: E402
 from test_prepare import as_original, cifar_files  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux does")
@@ -109,6 +110,45 @@ def test_a_part_of_all(cases, tmp_path, no_run):
   seen = carried_out([rng.choice(kinds[kind]) for kind in rng.sample(sorted(kinds), len(kinds) // 3)], tmp_path)
   assert {case.command for case, _ in seen} == set(outside.COMMANDS) and len(seen) >= 50
   check(seen)
+
+
+def test_embeddings_from_outside(tmp_path):
+  """A file of NumPy's in place of the embedding of classes: nothing in it is unpickled."""
+  rows = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+  np.save(tmp_path / "good.npy", rows)
+  np.testing.assert_array_equal(config.read_embedding(tmp_path / "good.npy", 10), rows)
+  good = (tmp_path / "good.npy").read_bytes()
+  mark = tmp_path / "mark"
+  objects = np.empty((10, 4), object)
+  objects[:] = CALLS["os.system"](mark)
+  np.save(tmp_path / "objects.npy", objects, allow_pickle=True)
+  np.savez(tmp_path / "pack.npz", rows=rows)
+  huge = good.replace(b"(10, 4)", b"(10, 4" + b"0" * 20 + b")").replace(b"}" + b" " * 20, b"}")
+  contents = [
+    (tmp_path / "objects.npy").read_bytes(),
+    (tmp_path / "pack.npz").read_bytes(),
+    huge,
+    b"",
+    b"PK",
+    b"\x80\x04.",
+  ]
+  contents += [good.replace(b"'shape'", b"[" * 7), good.replace(b"<f4", b"|O8"), good.replace(b"<f4", b"<i4")]
+  contents += [changed for kind, changed in outside.damaged(good, 4, 0) if kind in ("cut short", "zeros written over")]
+  path, refused = tmp_path / "x.npy", 0
+  for content in contents:
+    path.write_bytes(content)
+    try:
+      assert np.isfinite(config.read_embedding(path, 10)).all()
+    except Refusal as refusal:
+      assert "config.generator.embedding" in str(refusal) and "\n" not in str(refusal)
+      refused += 1
+  assert refused >= 13 and not mark.exists()
+  for make in outside.STRANGE.values():
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(Refusal, match="which cannot be read"):
+      config.read_embedding(path, 10)
+    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @pytest.mark.slow

@@ -571,6 +571,27 @@ def test_what_was_prepared_is_checked_when_it_is_read(tmp_path):
     damage()
     with pytest.raises(Refusal, match=f"{folder} is damaged .*delete it and prepare 'flowers' again"):
       datasets.find("flowers", data_dir).load_evaluation("test")
+  record = json.loads((folder / "metadata.json").read_text())
+  for edit, message in (
+    ({"num_classes": 2}, "should have 2 classes and images"),
+    ({"image_size": 9}, r"should have 3 classes and images of \(9, 9, 3\)"),
+    ({"num_classes": "3"}, "num_classes is '3'"),
+    ({"channels": 0}, "channels is 0"),
+    ({"mean": [0.5, 0.5]}, "mean is"),
+    ({"std": [0.5, 0.5, 0.0]}, "std is"),
+    ({"std": [0.5, 0.5, float("inf")]}, "std is"),
+    ({"sizes": [1]}, "sizes is None"),
+    ({"sizes": {"train": 12}}, "test_split is wrong"),
+    ({"more": 1}, "unexpected keyword"),
+  ):
+    (folder / "metadata.json").write_text(json.dumps(record | edit))
+    with pytest.raises(Refusal, match=message):
+      datasets.find("flowers", data_dir).require()
+  for text in ("[]", "[" * 100_000, ""):
+    (folder / "metadata.json").write_text(text)
+    with pytest.raises(Refusal, match="metadata.json was not written by preparing data set 'flowers'"):
+      datasets.find("flowers", data_dir).require()
+  (folder / "metadata.json").write_text(json.dumps(record))
   info = json.loads((folder / "dataset_info.json").read_text())
   (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
   with pytest.raises(Refusal, match="written as tfrecord, which only TensorFlow reads"):

@@ -56,7 +56,7 @@ ROOMS = {
   "loop": {"errors", "checkpoint", "environment", "events", "mesh", "progress", "state", "stop"},
   "schema": {"errors", "methods"},
   "describe": {"datasets", "methods", "nets", "schema"},
-  "config": {"datasets", "errors", "mesh", "methods", "nets", "schema", "setup"},
+  "config": {"datasets", "errors", "files", "mesh", "methods", "nets", "schema", "setup"},
   "experiment": {
     "config",
     "datasets",

@@ -24,7 +24,7 @@ from cpsc_jax.interop.convert import families, mapping, normalisations, torch_fi
 from cpsc_jax.mesh import make_mesh
 from cpsc_jax.progress import say
 
-CHECK_BATCH = 250
+CHECK_BATCH, CHECK_PIXELS = 250, 2**24  # images, and their pixels, that are classified together
 SMALLEST, LARGEST = 8, 1024  # height and width of images in pixels
 LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
 
@@ -165,7 +165,8 @@ def normalisation(
   if args.mean:
     better = sure and not normalisations.same((matches[0].mean, matches[0].std), (args.mean, args.std))
     doubts = [f"that of {matches[0].name} fits the images better: {ranking(matches)}"] if better else []
-    return _chosen(args.mean, args.std, "from --mean and --std"), doubts
+    origin = "from --mean and --std" if matches else "from --mean and --std, not compared with what the net has stored"
+    return _chosen(args.mean, args.std, origin), doubts
   if sure:
     best = matches[0]
     return _chosen(best.mean, best.std, f"{best.name}: fits what the net has stored ({ranking(matches)})"), []
@@ -225,7 +226,8 @@ def check_flags(args: argparse.Namespace, card: dict[str, Any]) -> None:
 def accuracy(args: argparse.Namespace, net: Any, variables: dict[str, Any], card: dict[str, Any]) -> float:
   """Prints and returns the accuracy on the test split of --check, between 0 and 1."""
   test = datasets.find(args.check, args.data_dir).load_evaluation("test")
-  classify = evaluate.compile_classifier(net, card["mean"], card["std"], CHECK_BATCH, make_mesh())
+  batch = max(1, min(CHECK_BATCH, CHECK_PIXELS // card["image_size"] ** 2))
+  classify = evaluate.compile_classifier(net, card["mean"], card["std"], batch, make_mesh())
   correct = int(jnp.sum(classify(variables, test.images).labels == test.labels))
   say(f"  accuracy       {correct / len(test):.4f} ({correct:,} of the {len(test):,} test images of '{args.check}')")
   return correct / len(test)

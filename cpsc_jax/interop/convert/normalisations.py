@@ -5,6 +5,8 @@ not, the right normalisation reproduces them and others do not.
 """
 
 import dataclasses
+import functools
+import operator
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,11 +75,16 @@ def rank(net: Any, variables: Tree, images: np.ndarray, tried: Mapping[str, Stat
   Args:
     images: (N, H, W, K) uint8, like those that the net was trained on.
   """
-  layers = nets.forward_observed(net, variables, jnp.zeros((2, *images.shape[1:]))).statistics
-  if layers is None or not layers.seen:
+  layers = []
+
+  def observe(x: jax.Array) -> None:
+    layers.extend(getattr(nets.forward_observed(net, variables, x).statistics, "seen", ()))
+
+  jax.eval_shape(observe, jnp.zeros((2, *images.shape[1:])))
+  if not layers:
     return []
-  first = next(iter(layers.seen))  # in the order in which they are applied
-  stored = layers.stored[first]
+  first = layers[0]  # in the order in which they are applied
+  stored = functools.reduce(operator.getitem, first, variables["batch_stats"])
 
   @jax.jit
   def distance(batches: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

@@ -5,7 +5,9 @@ else; safetensors files contain no code and need no PyTorch.
 """
 
 import hashlib
+import io
 import pathlib
+import pickletools
 import re
 import warnings
 import zipfile
@@ -78,6 +80,9 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str]:
     raise Refusal(f"{path} is not a valid safetensors file: its header is too large; download it again.")
   if start.startswith(b"PK") or zipfile.is_zipfile(path):
     _check_zip(path)
+  elif not is_safetensors:
+    with path.open("rb") as file:
+      _check_pickles(path, file)
   arrays = (_read_safetensors if is_safetensors else _read_torch)(path)
   return _without_prefix(_checked(path, arrays)), sha256
 
@@ -147,12 +152,35 @@ def _check_zip(path):
       entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
       fault = _zip_fault(entries, path.stat().st_size)
       damaged = None if fault else archive.testzip()  # PyTorch does not verify checksums
+      if not fault and not damaged:
+        for name in archive.namelist():
+          if name.endswith("data.pkl"):
+            _check_pickles(path, io.BytesIO(archive.read(name)))
+  except Refusal:
+    raise
   except Exception as error:  # zipfile raises assorted types
     raise Refusal(f"{path} is a damaged zip archive ({_reason(error)}); download it again.") from error
   if fault:
     raise Refusal(f"{path} is a zip archive that {fault}; download it again, from a source that you trust.")
   if damaged:
     raise Refusal(f"{path} is damaged: '{damaged[:100]}' in it does not match its checksum; download it again.")
+
+
+def _check_pickles(path, file):
+  """Refuses more tensors than any net has before they are loaded, which takes about a millisecond for each."""
+  count = 0
+  try:
+    for _ in range(4):  # of a file from before PyTorch 1.6, whose fourth pickle holds the weights
+      for opcode, _, _ in pickletools.genops(file):
+        count += opcode.name == "BINPERSID"
+        if count > MOST_ENTRIES:
+          raise Refusal(
+            f"{path} has more than {MOST_ENTRIES:,} tensors; no supported net has more than {MOST_TENSORS:,}."
+          )
+  except Refusal:
+    raise
+  except Exception:  # no pickle, which PyTorch tells better
+    return
 
 
 def _zip_fault(entries, size):
