@@ -118,21 +118,19 @@ PHASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Campaign:
-  """Where it takes place, and what a run ends with that is left alone."""
+  """A folder to work in, the flags of a run, and the workdir of one that is left alone."""
 
   out: pathlib.Path
-
-  @property
-  def flags(self) -> tuple[str, ...]:
-    return (*FLAGS, f"--config.dataset.data_dir={self.out / 'data'}")
+  flags: tuple[str, ...]
+  undisturbed: pathlib.Path
 
   @functools.cached_property
   def want(self) -> dict:
-    """What a run ends with that is left alone; it is carried out if that was not done before."""
-    code, said = self.complete(self.out / "undisturbed")
+    """What the run ends with that is left alone; it is carried out if that was not done before."""
+    code, said = self.complete(self.undisturbed)
     if code:
       raise Refusal(f"the run that is left alone ends with {code}: {said}")
-    return outcome(self.out / "undisturbed")
+    return outcome(self.undisturbed)
 
   def start(self, workdir: pathlib.Path, cold: bool = False) -> tuple[subprocess.Popen, pathlib.Path]:
     """A run in a process of its own, and the file of what it prints; `cold`: with nothing compiled before."""
@@ -268,15 +266,24 @@ def files_of(workdir: pathlib.Path) -> dict[str, list[str]]:
 
 
 def flip(campaign: Campaign, number: int) -> Trial:
-  """One bit of one file of a workdir is turned, and the run is repeated; then the bit is turned back.
+  """One bit of one file of a workdir is turned, and the run is repeated; if it refuses, the bit is turned back.
 
-  Kinds of files take turns, within each state of a workdir. Of a finished one, the pictures are drawn again and the
-  nets read.
+  Kinds of files take turns, within each state of a workdir. Afterwards the pictures are drawn again and the nets read.
   """
+  places = places_of(campaign)
+  return flipped(campaign, number, *places[number % len(places)])
+
+
+def places_of(campaign: Campaign) -> list[tuple[str, str]]:
+  """All (state, kind of file) that there are."""
   campaign.want  # noqa: B018
+  workdir = campaign.out / "flipped"
+  return [(state, kind) for state in STATES for kind in files_of(left_in(campaign, state, workdir))]
+
+
+def flipped(campaign: Campaign, number: int, state: str, kind: str) -> Trial:
+  """The trial of a random bit of a random file of this kind, in a workdir in this state."""
   rng, workdir = random.Random(f"flip {number}"), campaign.out / "flipped"
-  places = [(state, kind) for state in STATES for kind in files_of(left_in(campaign, state, workdir))]
-  state, kind = places[number % len(places)]
   name = rng.choice(files_of(left_in(campaign, state, workdir))[kind])
   content = bytearray((workdir / name).read_bytes())
   place, bit = rng.randrange(len(content)), rng.randrange(8)
@@ -300,7 +307,7 @@ def flip(campaign: Campaign, number: int) -> Trial:
 def left_in(campaign: Campaign, state: str, workdir: pathlib.Path) -> pathlib.Path:
   """`workdir`, made anew as it is in a state of STATES."""
   shutil.rmtree(workdir, ignore_errors=True)
-  shutil.copytree(campaign.out / "undisturbed", workdir)
+  shutil.copytree(campaign.undisturbed, workdir)
   for pattern in STATES[state]:
     for path in workdir.glob(pattern):
       shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -343,7 +350,8 @@ def table(trials: Sequence[Trial]) -> str:
 def carry_out(out: pathlib.Path, kills: int, stops: int, flips: int) -> list[Trial]:
   """All trials, those of an earlier call with the same `out` included."""
   out.mkdir(parents=True, exist_ok=True)
-  campaign, record = Campaign(out.absolute()), out / "survival.json"
+  record, flags = out / "survival.json", (*FLAGS, f"--config.dataset.data_dir={out.absolute() / 'data'}")
+  campaign = Campaign(out.absolute(), flags, out.absolute() / "undisturbed")
   done = json.loads(record.read_text()) if record.exists() else {}
   stopping = (signal.SIGTERM, signal.SIGINT)
   parts = {

@@ -161,7 +161,7 @@ def test_a_plan_on_a_copy_elsewhere_goes_on(tmp_path, plan):
   config = digits.get_config("smoke").to_dict() | {"precision": "bfloat16"}  # of a machine with a GPU
   config["teacher"]["checkpoint"] = str(teacher)
   (workdir / "config.json").write_text(json.dumps(config))
-  (workdir / "origin.json").write_text(json.dumps({"teacher_digest": "a digest"}))
+  (workdir / "origin.json").write_text(json.dumps(checkpoint.sealed({"teacher": "a digest"})))
   first.rename(second)
   assert table.main([str(plan), f"--out={second}"]) == 0 and calls(second, "two_other-0") == 1
 
