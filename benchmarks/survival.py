@@ -73,8 +73,34 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Running:
+  """A run in a process of its own, what it has printed, and when it was started (time.time())."""
+
+  process: subprocess.Popen
+  workdir: pathlib.Path
+  log: pathlib.Path
+  since: float
+
+  def imports_jax(self) -> bool:
+    with contextlib.suppress(OSError):
+      return "jaxlib" in pathlib.Path(f"/proc/{self.process.pid}/maps").read_text()
+    return False
+
+  def says(self, words: str) -> bool:
+    return re.search(words, self.log.read_text()) is not None
+
+  def saves(self, folder: str) -> bool:
+    return any((self.workdir / folder / "checkpoints").glob(f"*{TEMPORARY}"))
+
+  def has_written(self, name: str) -> bool:
+    with contextlib.suppress(OSError):
+      return (self.workdir / name).stat().st_mtime >= self.since
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
-  """When a run is hit: as soon as `begun`, given the workdir, the process and what it has printed, and some time after.
+  """When a run is hit.
 
   Attributes:
     begun: whether the phase has begun.
@@ -82,68 +108,57 @@ class Phase:
     cold: whether nothing is compiled yet.
   """
 
-  begun: Callable[[pathlib.Path, subprocess.Popen, str], bool]
+  begun: Callable[[Running], bool]
   seconds: float
   cold: bool = False
 
 
-def _imports_jax(workdir: pathlib.Path, process: subprocess.Popen, said: str) -> bool:
-  with contextlib.suppress(OSError):
-    return "jaxlib" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
-  return False
-
-
-def _says(words: str) -> Callable[[pathlib.Path, subprocess.Popen, str], bool]:
-  return lambda workdir, process, said: re.search(words, said) is not None
-
-
-def _saves(folder: str) -> Callable[[pathlib.Path, subprocess.Popen, str], bool]:
-  return lambda workdir, process, said: any((workdir / folder / "checkpoints").glob(f"*{TEMPORARY}"))
-
-
 # In the order in which a run comes through them.
 PHASES = {
-  "import": Phase(_imports_jax, 0.8),
-  "compiling the teacher": Phase(_says(r"teacher: \d+ epochs"), 3.0, cold=True),
-  "training the teacher": Phase(_says(r"teacher: \d+ epochs"), 1.5),
-  "saving the teacher": Phase(_saves("teacher_training"), 0.03),
-  "evaluation": Phase(lambda workdir, process, said: (workdir / "teacher").exists(), 1.0),
-  "compiling the student": Phase(_says(r"distill: \d+ epochs"), 4.0, cold=True),
-  "training the student": Phase(_says(r"distill: \d+ epochs"), 2.0),
-  "saving the student": Phase(_saves("."), 0.03),
-  "writing results": Phase(lambda workdir, process, said: (workdir / "student.partial").exists(), 0.4),
-  "drawing pictures": Phase(lambda workdir, process, said: (workdir / "history.json").exists(), 0.6),
+  "import": Phase(Running.imports_jax, 0.8),
+  "compiling the teacher": Phase(lambda run: run.says(r"teacher: \d+ epochs"), 3.0, cold=True),
+  "training the teacher": Phase(lambda run: run.says(r"teacher: \d+ epochs"), 1.5),
+  "saving the teacher": Phase(lambda run: run.saves("teacher_training"), 0.03),
+  "evaluation": Phase(lambda run: run.says("start as the teacher's"), 1.0),
+  "compiling the student": Phase(lambda run: run.says(r"distill: \d+ epochs"), 4.0, cold=True),
+  "training the student": Phase(lambda run: run.says(r"distill: \d+ epochs"), 2.0),
+  "saving the student": Phase(lambda run: run.saves("."), 0.03),
+  "writing results": Phase(lambda run: run.has_written("student.partial"), 0.4),
+  "drawing pictures": Phase(lambda run: run.has_written("history.json"), 0.6),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Campaign:
-  """Where it takes place, and what a run ends with that is left alone."""
+  """A folder to work in, the flags of a run, and the workdir of one that is left alone."""
 
   out: pathlib.Path
-
-  @property
-  def flags(self) -> tuple[str, ...]:
-    return (*FLAGS, f"--config.dataset.data_dir={self.out / 'data'}")
+  flags: tuple[str, ...]
+  undisturbed: pathlib.Path
 
   @functools.cached_property
   def want(self) -> dict:
-    """What a run ends with that is left alone; it is carried out if that was not done before."""
-    code, said = self.complete(self.out / "undisturbed")
+    """What the run ends with that is left alone; it is carried out if that was not done before."""
+    code, said = self.complete(self.undisturbed)
     if code:
       raise Refusal(f"the run that is left alone ends with {code}: {said}")
-    return outcome(self.out / "undisturbed")
+    return outcome(self.undisturbed)
 
-  def start(self, workdir: pathlib.Path, cold: bool = False) -> tuple[subprocess.Popen, pathlib.Path]:
-    """A run in a process of its own, and the file of what it prints; `cold`: with nothing compiled before."""
-    log = self.out / "log.txt"
+  def start(self, workdir: pathlib.Path, cold: bool = False) -> Running:
+    """A run in a process of its own; `cold`: with nothing compiled before."""
+    log, since = self.out / "log.txt", time.time()
     environment = {key: value for key, value in os.environ.items() if key != GRACE}
     if cold:
       shutil.rmtree(self.out / "cold", ignore_errors=True)
       environment["JAX_COMPILATION_CACHE_DIR"] = str(self.out / "cold")
     command = [sys.executable, "-m", "cpsc_jax.main", *self.flags, f"--workdir={workdir}"]
+
+    def listen() -> None:
+      signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+
     with log.open("w") as file:
-      return subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file, env=environment), log
+      pipes = {"stdout": file, "stderr": file, "env": environment, "preexec_fn": listen}
+      return Running(subprocess.Popen(command, cwd=REPOSITORY, **pipes), workdir, log, since)
 
   def complete(self, workdir: pathlib.Path) -> tuple[int, str]:
     """Carries out or resumes a run in this process: (exit code, what it says to stderr)."""
@@ -178,17 +193,37 @@ def outcome(workdir: pathlib.Path) -> dict:
 
 
 def hit(campaign: Campaign, workdir: pathlib.Path, name: str, kind: signal.Signals, rng: random.Random) -> Trial | None:
-  """Sends a signal to a run in a phase of it; None if the run ended before that came."""
+  """Sends a signal to a run in a phase of it; None if it does not come through that phase any more.
+
+  Where the run ends before the signal, its folder is put back and the signal comes earlier.
+  """
+  before = campaign.out / "before"
+  shutil.rmtree(before, ignore_errors=True)
+  shutil.copytree(workdir, before)
+  for tries in range(4):
+    if trial := hit_once(campaign, workdir, name, kind, rng, PHASES[name].seconds / 2**tries):
+      return trial
+    shutil.rmtree(workdir)
+    shutil.copytree(before, workdir)
+  return None
+
+
+def hit_once(
+  campaign: Campaign, workdir: pathlib.Path, name: str, kind: signal.Signals, rng: random.Random, seconds: float
+) -> Trial | None:
+  """`hit`, at most `seconds` after the phase has begun; None if the run ended before that."""
   phase, what = PHASES[name], {signal.SIGKILL: "kill -9", signal.SIGINT: "Ctrl-C"}.get(kind, kind.name)
-  process, log = campaign.start(workdir, phase.cold)
+  run = campaign.start(workdir, phase.cold)
+  process = run.process
   try:
     deadline = time.monotonic() + SECONDS_TO_APPEAR
-    while not phase.begun(workdir, process, log.read_text()):
+    while not phase.begun(run):
       if process.poll() is not None or time.monotonic() > deadline:
-        return None if process.poll() == 0 else Trial(what, name, "WRONG", 0, f"never came: {log.read_text()[-300:]}")
+        said = run.log.read_text()
+        return None if process.poll() == 0 else Trial(what, name, "WRONG", 0, f"never came: {said[-300:]}")
       time.sleep(0.001)
     with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(rng.uniform(0, phase.seconds))
+      process.wait(rng.uniform(0, seconds))
       return None
     process.send_signal(kind)
     began = time.monotonic()
@@ -200,7 +235,7 @@ def hit(campaign: Campaign, workdir: pathlib.Path, name: str, kind: signal.Signa
     process.wait()
   if process.returncode == 0 and (workdir / "results.json").exists():
     return None  # it was done already
-  wrong = wrong_ending(kind, process.returncode, seconds, log.read_text())
+  wrong = wrong_ending(kind, process.returncode, seconds, run.log.read_text())
   return Trial(what, name, "WRONG" if wrong else "", round(seconds, 2), wrong)
 
 
@@ -212,7 +247,7 @@ def wrong_ending(kind: signal.Signals, code: int, seconds: float, said: str) -> 
     return ""
   own = [line for line in said.splitlines() if line.startswith("cpsc_jax: ")]
   if seconds > SECONDS_TO_END:
-    return f"took {seconds:.1f} s to end"
+    return f"took {seconds:.1f} s to end: {said[-300:]}"
   return "" if len(own) == 1 and "Traceback" not in said else f"said {said[-300:]}"
 
 
@@ -220,6 +255,7 @@ def signals(campaign: Campaign, number: int, kinds: Sequence[signal.Signals]) ->
   """One run, hit in every one of its phases, then carried to its end, which must be that of a run left alone."""
   rng, workdir, trials = random.Random(f"{kinds} {number}"), campaign.out / "run", []
   shutil.rmtree(workdir, ignore_errors=True)
+  workdir.mkdir(parents=True)
   for place, name in enumerate(PHASES):
     trial = hit(campaign, workdir, name, kinds[(number + place) % len(kinds)], rng)
     trials += [trial] if trial else []
@@ -268,15 +304,24 @@ def files_of(workdir: pathlib.Path) -> dict[str, list[str]]:
 
 
 def flip(campaign: Campaign, number: int) -> Trial:
-  """One bit of one file of a workdir is turned, and the run is repeated; then the bit is turned back.
+  """One bit of one file of a workdir is turned, and the run is repeated; if it refuses, the bit is turned back.
 
-  Kinds of files take turns, within each state of a workdir. Of a finished one, the pictures are drawn again and the
-  nets read.
+  Kinds of files take turns, within each state of a workdir. Afterwards the pictures are drawn again and the nets read.
   """
+  places = places_of(campaign)
+  return flipped(campaign, number, *places[number % len(places)])
+
+
+def places_of(campaign: Campaign) -> list[tuple[str, str]]:
+  """All (state, kind of file) that there are."""
   campaign.want  # noqa: B018
+  workdir = campaign.out / "flipped"
+  return [(state, kind) for state in STATES for kind in files_of(left_in(campaign, state, workdir))]
+
+
+def flipped(campaign: Campaign, number: int, state: str, kind: str) -> Trial:
+  """The trial of a random bit of a random file of this kind, in a workdir in this state."""
   rng, workdir = random.Random(f"flip {number}"), campaign.out / "flipped"
-  places = [(state, kind) for state in STATES for kind in files_of(left_in(campaign, state, workdir))]
-  state, kind = places[number % len(places)]
   name = rng.choice(files_of(left_in(campaign, state, workdir))[kind])
   content = bytearray((workdir / name).read_bytes())
   place, bit = rng.randrange(len(content)), rng.randrange(8)
@@ -300,7 +345,7 @@ def flip(campaign: Campaign, number: int) -> Trial:
 def left_in(campaign: Campaign, state: str, workdir: pathlib.Path) -> pathlib.Path:
   """`workdir`, made anew as it is in a state of STATES."""
   shutil.rmtree(workdir, ignore_errors=True)
-  shutil.copytree(campaign.out / "undisturbed", workdir)
+  shutil.copytree(campaign.undisturbed, workdir)
   for pattern in STATES[state]:
     for path in workdir.glob(pattern):
       shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -343,7 +388,8 @@ def table(trials: Sequence[Trial]) -> str:
 def carry_out(out: pathlib.Path, kills: int, stops: int, flips: int) -> list[Trial]:
   """All trials, those of an earlier call with the same `out` included."""
   out.mkdir(parents=True, exist_ok=True)
-  campaign, record = Campaign(out.absolute()), out / "survival.json"
+  record, flags = out / "survival.json", (*FLAGS, f"--config.dataset.data_dir={out.absolute() / 'data'}")
+  campaign = Campaign(out.absolute(), flags, out.absolute() / "undisturbed")
   done = json.loads(record.read_text()) if record.exists() else {}
   stopping = (signal.SIGTERM, signal.SIGINT)
   parts = {

@@ -13,6 +13,7 @@ its config. cpsc-jax --list names all configs, methods, nets and data sets; cpsc
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from cpsc_jax import stop
 
@@ -22,7 +23,7 @@ COMMANDS = ("convert", "export", "sample", "prepare", "report")
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command that the first word names, or an experiment; returns the exit code.
 
-  `argv` is without the program's name; None means sys.argv[1:], of a program that ends with this.
+  `argv` is without the program's name; None means sys.argv[1:].
   """
   words = list(sys.argv[1:] if argv is None else argv)
   first = words[0] if words else "--help"
@@ -35,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   with stop.at_once():
     command = imported(first)
-  code = command(words[1:] if first in COMMANDS else ["cpsc-jax", *words])
-  if argv is None:
-    stop.ignored()
-  return code
+  return command(words[1:] if first in COMMANDS else ["cpsc-jax", *words])
 
 
 def imported(name: str) -> Callable[[Sequence[str]], int]:
@@ -59,5 +57,10 @@ def imported(name: str) -> Callable[[Sequence[str]], int]:
   return main
 
 
+def program() -> NoReturn:
+  """The program cpsc-jax."""
+  stop.program(main)
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  program()

@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -122,6 +123,7 @@ class Checkpointer:
     Raises:
       Refusal: an intact checkpoint is of another origin, or has another structure, other shapes or other types than
         `like`.
+      OSError: a file of a checkpoint is there but cannot be read.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -130,7 +132,8 @@ class Checkpointer:
       if broadcast(bool(damage)):
         if is_primary():
           logging.getLogger("cpsc_jax").warning("checkpoint %s is damaged and was deleted: %s", folder, damage)
-        self._manager.delete(step)
+        with self._writing():
+          self._manager.delete(step)
         continue
       try:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
@@ -372,6 +375,7 @@ def silence() -> None:
   """Hides what Orbax and its threads print; what fails is raised as a Refusal."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
   _ignore_closed_loops()
 
 

@@ -22,12 +22,15 @@ def verify(folder: pathlib.Path, names: Collection[str] | None = None) -> str | 
 
   Args:
     names: all files that there are; None: those whose checksums were written, whatever else is there.
+
+  Raises:
+    OSError: a file is there but cannot be read, which does not say that it is damaged.
   """
   try:
     want = dict(reversed(line.split("  ", 1)) for line in (folder / NAME).read_text().split("\n")[:-1])
     there = [name for name in want if (folder / name).exists()] if names is None else names
     have = {name: _sha256(folder / name) for name in there}
-  except (OSError, ValueError) as error:
+  except (FileNotFoundError, ValueError) as error:
     return f"{NAME}: {first_line(error)}"
   differ = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
   listed = ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")

@@ -239,6 +239,4 @@ def last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-  code = main()
-  stop.ignored()
-  sys.exit(code)
+  stop.program(main)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from cpsc_jax.errors import INTERRUPTED, RESUME
 
@@ -52,7 +53,8 @@ def ended_in_time() -> Iterator[None]:
   watcher = threading.Thread(target=watch, daemon=True)
   watcher.start()
   try:
-    yield
+    with _lost_exceptions(leave):
+      yield
   finally:
     signal.set_wakeup_fd(before)
     os.close(write)
@@ -60,6 +62,28 @@ def ended_in_time() -> Iterator[None]:
     os.close(seen)
     for deadline in deadlines:
       deadline.cancel()
+
+
+@contextlib.contextmanager
+def _lost_exceptions(leave: Callable[[int], None]) -> Iterator[None]:
+  """Within it, an exception of a signal's handler that gets lost in a callback, as in those of JAX that the garbage
+  collector calls, ends the program nevertheless."""
+  before, within = sys.unraisablehook, [True]
+
+  def hook(complaint: "sys.UnraisableHookArgs") -> None:
+    if within and isinstance(complaint.exc_value, KeyboardInterrupt):
+      leave(INTERRUPTED)
+    if within and isinstance(complaint.exc_value, SystemExit):
+      os._exit(RESUME)  # `exit_on_sigterm` has said so
+    before(complaint)
+
+  sys.unraisablehook = hook
+  try:
+    yield
+  finally:
+    within.clear()
+    if sys.unraisablehook == hook:
+      sys.unraisablehook = before
 
 
 def _grace() -> float:
@@ -82,10 +106,24 @@ def at_once() -> Iterator[None]:
     yield
 
 
-def ignored() -> None:
-  """From now on, Ctrl-C and SIGTERM do nothing: the work of this process is done, and it ends by itself."""
+def program(main: Callable[[], int]) -> NoReturn:
+  """Ends this process with the exit code of `main`; signals that come after it change nothing.
+
+  After a signal it ends at once: what Python and JAX do at their end may take seconds, and nobody needs it. Processes
+  of one run take leave of each other.
+  """
+  try:
+    code = main()
+  except SystemExit as left:  # of `exit_on_sigterm`, or of a parser of flags
+    code = left.code
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
+  jax = sys.modules.get("jax")
+  if code in (RESUME, INTERRUPTED) and not (jax and jax.distributed.is_initialized()):
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -113,7 +151,9 @@ def _handler(function: Callable, number: int) -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
     yield
     return
-  before = signal.signal(number, function)
+  before = signal.getsignal(number)
+  if before != signal.SIG_IGN:  # as under nohup, or in the background of a script
+    signal.signal(number, function)
   try:
     yield
   finally:

@@ -58,6 +58,42 @@ def test_a_second_ctrl_c_ends_it_at_once(work):
   assert code == INTERRUPTED and said == stop.SAID[INTERRUPTED] + "\n" and seconds < 10
 
 
+@pytest.mark.parametrize("number, want", [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, RESUME)])
+def test_an_exception_that_a_callback_loses_ends_it_at_once(number, want):
+  """As those of JAX that the garbage collector calls."""
+  work = """
+import gc
+gc.callbacks.append(lambda *_: time.sleep(0.3))
+while True:
+  gc.collect()"""
+  code, said, seconds = ended(work, number, seconds=600)
+  assert code == want and said == stop.SAID[want] + "\n" and seconds < 10
+
+
+def test_what_is_ignored_stays_ignored():
+  """As in the background of a script."""
+  work = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwith stop.at_once():\n  time.sleep(1)\nprint('done')"
+  program = f"import signal, time\nfrom cpsc_jax import stop\nprint('ready', flush=True)\n{work}"
+  with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == "done\n" and process.returncode == 0
+
+
+@pytest.mark.parametrize("number, want", [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, RESUME)])
+def test_an_import_ends_at_once(number, want):
+  work = "print('ready', flush=True)\nwith stop.at_once():\n  time.sleep(600)"
+  program = [sys.executable, "-c", f"import time\nfrom cpsc_jax import stop\n{work}"]
+  with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+  assert process.returncode == want and "before anything was begun; run the same command again" in said
+  assert said.count("\n") == 1
+
+
 def test_sigterm_has_the_time_that_the_environment_gives_it():
   code, said, seconds = ended(BUSY, signal.SIGTERM, seconds=600, grace=1)
   assert code == RESUME and said == stop.SAID[RESUME] + "\n" and 0.9 < seconds < 10
