@@ -72,7 +72,7 @@ class Measures:
       if self.labelled:
         found["fidelity_per_class"] = fidelity[0]
       found |= self._of_samples(self.student(state), samples, self.real)
-      found["grid"] = self._pictures(samples.images[:, : examine.GRID])
+      found["grid"] = self._pictures(samples.images)
       if self.c.evaluate.gradients:
         found |= self._of_terms(state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch))
     rates = self._rates(np.int32(epoch), state.hyper)
@@ -127,9 +127,8 @@ class Measures:
 
   @functools.cached_property
   def _pictures(self) -> Any:
-    card = self.teacher.card
-    stored = functools.partial(sources.stored, dtype="uint8", mean=card["mean"], std=card["std"])
-    return self._once(stored)
+    card, (rows, columns) = self.teacher.card, examine.GRID
+    return self._once(lambda images: sources.stored(images[:rows, :columns], "uint8", card["mean"], card["std"]))
 
   @functools.cached_property
   def _of_student(self) -> Any:
