@@ -5,7 +5,7 @@
   cpsc-jax export WORKDIR --out FILE     write a net of a finished run as PyTorch, safetensors, ONNX or StableHLO
   cpsc-jax sample WORKDIR --out FILE     draw samples from the generator of a finished run
   cpsc-jax prepare NAME --data_dir DIR   prepare a data set
-  cpsc-jax report WORKDIR                draw the pictures and the table of a finished run again
+  cpsc-jax report WORKDIR                pictures, page and table of a finished run again; of several, one page
 
 cpsc-jax COMMAND --help explains the flags of a command, cpsc-jax --config digits --help those of a run and every key of
 its config. cpsc-jax --list names all configs, methods, nets and data sets; cpsc-jax --version tells the version.

@@ -16,6 +16,9 @@ from cpsc_jax.setup import Player
 
 Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
+# Keys in which a run may differ from the one that its folder was begun with: nothing that it finds depends on them.
+FREE = ("dataset.data_dir", "evaluate.diagnostics_every", "evaluate.gradients")
+
 EMBEDDINGS = ("classifier", "one_hot", "learned")
 LARGEST_EMBEDDING = 2**30  # bytes of a file
 
@@ -330,14 +333,12 @@ def changes(config: Config) -> dict[str, list]:
 
 
 def differences(config: Config, saved: dict) -> list[str]:
-  """The dotted keys that differ between a config and a `dump` read back; the place of the data does not count.
+  """The dotted keys that differ between a config and a `dump` read back; those of FREE do not count.
 
   A key that the dump lacks, of a program that did not know it yet, counts as its default: what was done without it.
   """
   ours, theirs = dict(flatten(json.loads(dump(config)))), dict(flatten(saved))
   known = json.loads(json.dumps({name: key.default for name, key in schema.keys_of(config.method).items()}))
   return sorted(
-    k
-    for k in ours.keys() | theirs.keys()
-    if k != "dataset.data_dir" and ours.get(k, ...) != theirs.get(k, known.get(k, ...))
+    k for k in ours.keys() | theirs.keys() if k not in FREE and ours.get(k, ...) != theirs.get(k, known.get(k, ...))
   )

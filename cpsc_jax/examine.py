@@ -18,7 +18,7 @@ from cpsc_jax.state import State, Tree
 Arrays = dict[str, jax.Array]
 
 PROBES = ("noise", "grain", "blur", "contrast")
-GRID = 4  # samples of a class that are kept with a diagnosis
+GRID = 20, 4  # classes of which samples are kept with a diagnosis, and how many of each
 
 
 def once(function: Callable, mesh: jax.sharding.Mesh, **options: Any) -> Callable:

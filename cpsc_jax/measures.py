@@ -37,7 +37,7 @@ class Measures:
     with working("measuring the teacher"):
       seen = self.teach(teacher.variables, test.images)
       rows = np.linspace(0, len(test) - 1, min(len(test), diagnostics.LARGEST_SET)).astype(int)
-      self.real = None if seen.features is None else seen.features[rows]  # those of all are many
+      self.real = seen.features if seen.features is None else self._once(lambda x: x[rows])(seen.features)
       self.of_teacher = seen._replace(features=None)
       self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels))
     self.sampler = evaluate.compile_sampler(setup, c.evaluate.samples_per_class) if setup.generator else None
@@ -46,7 +46,7 @@ class Measures:
     self.key = replicate(streams.key(root, Stream.SAMPLE_SHEET), mesh)
     self.diagnosis_key = replicate(streams.key(root, Stream.DIAGNOSIS), mesh)
     self.probe_key = replicate(streams.key(root, Stream.PROBES), mesh)
-    self.seen: tuple[Any, ...] | None = None  # a state, and what `_look` found of it
+    self.seen: tuple[Any, ...] = (None,)  # the step counter of a state, and what `_look` found of that state
 
   def student(self, state: State) -> Tree:
     """The student's variables as they are saved."""
@@ -59,7 +59,7 @@ class Measures:
       "agreement": evaluate.share_equal(predictions.labels, self.of_teacher.labels),
     }
     if self.labelled:
-      scores[self.setup.method.fidelity] = jnp.mean(jnp.nan_to_num(fidelity))
+      scores[self.setup.method.fidelity] = fidelity[1]
     return scores
 
   def diagnose(self, state: State, epoch: int) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Measures:
     found = self._of_student(predictions, self.of_teacher, self.test.labels, probed, taught)
     if samples:
       if self.labelled:
-        found["fidelity_per_class"] = fidelity
+        found["fidelity_per_class"] = fidelity[0]
       found |= self._of_samples(self.student(state), samples, self.real)
-      found["grid"] = self._pictures(samples.images[:, : examine.GRID])
+      found["grid"] = self._pictures(samples.images)
       if self.c.evaluate.gradients:
         found |= self._of_terms(state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch))
     rates = self._rates(np.int32(epoch), state.hyper)
@@ -83,8 +83,9 @@ class Measures:
     if not self.sampler:
       return None
     samples = self.sampler(state, self.teacher.variables, self.key)
-    fidelity = diagnostics.fidelity(samples.teacher.labels, samples.exist)
-    return jax.device_get((samples.images, jnp.nan_to_num(fidelity)))
+    per_class, _ = self._fidelity(samples.teacher.labels, samples.exist)
+    images, per_class = jax.device_get((samples.images, per_class))
+    return images, np.nan_to_num(per_class)
 
   def headline(self, state: State) -> str:
     c, teacher = self.c, self.teacher
@@ -94,38 +95,50 @@ class Measures:
       f" {c.student.net} ({sizes[1]:,} parameters)"
     )
 
-  def _look(self, state: State) -> tuple[evaluate.Predictions, evaluate.Samples | None, jax.Array | None]:
-    """What the student says of the test images; some samples, and the fidelity of all, per class (C,)."""
-    if self.seen is None or self.seen[0] is not state:
+  def _look(self, state: State) -> tuple[evaluate.Predictions, evaluate.Samples | None, tuple | None]:
+    """What the student says of the test images; some samples, and the `_fidelity` of all."""
+    if self.seen[0] is not state.step:
       predictions, samples, fidelity = self.classify(self.student(state), self.test.images), None, None
       if self.sampler:
         samples = self.sampler(state, self.teacher.variables, self.key)
-        fidelity = diagnostics.fidelity(samples.teacher.labels, samples.exist)
+        fidelity = self._fidelity(samples.teacher.labels, samples.exist)
         samples = examine.some(samples)
-      self.seen = state, predictions, samples, fidelity
+      self.seen = state.step, predictions, samples, fidelity
     return self.seen[1:]
+
+  def _once(self, function: Any) -> Any:
+    return examine.once(function, self.setup.mesh)
+
+  @functools.cached_property
+  def _fidelity(self) -> Any:
+    """Fidelity per class (C,), NaN of a class without a sample, and its mean, in which that counts as 0."""
+
+    def of_samples(predicted: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
+      per_class = diagnostics.fidelity(predicted, exist)
+      return per_class, jnp.mean(jnp.nan_to_num(per_class))
+
+    return self._once(of_samples)
 
   @functools.cached_property
   def _probes(self) -> tuple[jax.Array, jax.Array]:
     """The probes of the run, and what the teacher says of them."""
-    images = examine.once(examine.probes, self.setup.mesh)(self.probe_key, self.test.images)
+    images = self._once(examine.probes)(self.probe_key, self.test.images)
     return images, self.teach(self.teacher.variables, images).labels
 
   @functools.cached_property
   def _pictures(self) -> Any:
-    card = self.teacher.card
-    stored = functools.partial(sources.stored, dtype="uint8", mean=card["mean"], std=card["std"])
-    return examine.once(stored, self.setup.mesh)
+    card, (rows, columns) = self.teacher.card, examine.GRID
+    return self._once(lambda images: sources.stored(images[:rows, :columns], "uint8", card["mean"], card["std"]))
 
   @functools.cached_property
   def _of_student(self) -> Any:
-    return examine.once(functools.partial(examine.of_student, num_classes=self.classes), self.setup.mesh)
+    return self._once(functools.partial(examine.of_student, num_classes=self.classes))
 
   @functools.cached_property
   def _of_samples(self) -> Any:
     net = nets.deployed(self.setup.student.net, {})[0]
     fixed = {"net": net, "num_classes": self.classes, "labelled": self.labelled}
-    return examine.once(functools.partial(examine.of_samples, **fixed), self.setup.mesh)
+    return self._once(functools.partial(examine.of_samples, **fixed))
 
   @functools.cached_property
   def _of_terms(self) -> Any:
@@ -133,4 +146,4 @@ class Measures:
 
   @functools.cached_property
   def _rates(self) -> Any:
-    return examine.once(functools.partial(experiment.learning_rates, self.c), self.setup.mesh)
+    return self._once(functools.partial(experiment.learning_rates, self.c))

@@ -307,8 +307,8 @@ class Journal:
     results = {**self._results, "student": {**self._results["student"], **scores}}
     try:
       report.write_page(self._workdir, results, {"teacher": [], "student": history})
-    except OSError as error:
-      say(f"{self._workdir / report.PAGE} of the run so far cannot be written ({error.strerror or error})")
+    except (OSError, Refusal) as error:
+      say(f"{self._workdir / report.PAGE} of the run so far cannot be written: {error}")
 
 
 def diagnosis_of(workdir: pathlib.Path, epoch: int) -> pathlib.Path:

@@ -32,6 +32,7 @@ MOST_NEIGHBOURS = 200  # folders beside a run in which its control arms are look
 COLUMNS = 12  # samples in a row of samples.png
 FIDELITIES = ("label_fidelity", "pool_fidelity")  # of fresh samples, of an image pool; a run has one of them
 SCORES = ("accuracy", "agreement", *FIDELITIES)
+WITHOUT = "delete that file, and the page will do without it"
 AGAIN = "delete results.json and repeat the command of the run, which makes these files again without training"
 
 # What is read of results.json, {path: type}; GENERATOR only where there is one.
@@ -121,7 +122,7 @@ def compare(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> 
 def _run(workdir: pathlib.Path, results: dict[str, Any], history: dict[str, list[dict]]) -> page.Run:
   finished, samples = "seconds" in results, workdir / "samples.npz"
   diagnoses = {
-    int(path.stem): _read_arrays(path)
+    int(path.stem): _read_arrays(path, mend=WITHOUT)
     for path in sorted((workdir / DIAGNOSTICS).glob("*.npz"))
     if path.stem.isdecimal()
   }
@@ -154,7 +155,7 @@ def _control_arms(workdir: pathlib.Path, results: dict[str, Any]) -> list[page.R
       other = read_results(path.parent)
       same = settings(other) == settings(results) and other["teacher"]["digest"] == results["teacher"]["digest"]
       if same and other["arm"] != results["arm"] and other["arm"] != "distill":
-        found.append(_run(path.parent, other, {"student": []}))
+        found.append(page.Run(path.parent.name, other, [], {}))
     except (Refusal, KeyError, TypeError, AttributeError):  # what is damaged or another program's is no control arm
       continue
   return found
@@ -427,13 +428,13 @@ def _read_samples(path: pathlib.Path) -> np.ndarray:
   return images
 
 
-def _read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
-  """The named arrays of an .npz file, by default all of them."""
+def _read_arrays(path: pathlib.Path, *names: str, mend: str = AGAIN) -> dict[str, np.ndarray]:
+  """The named arrays of an .npz file, by default all of them; `mend` says what to do if it is damaged."""
   try:
     with np.load(path) as arrays:
       return {name: arrays[name] for name in names or arrays.files}
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise Refusal(f"cannot read {path} ({first_line(error)}); {AGAIN}.") from error
+    raise Refusal(f"cannot read {path} ({first_line(error)}); {mend}.") from error
 
 
 def main(argv: list[str] | None = None) -> int:

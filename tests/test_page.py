@@ -292,7 +292,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
   refused([folder, tmp_path / "nowhere"], "no run in")
   refused([folder, other, "--out", tmp_path / "no" / "x.html"], "choose another --out")
   (other / "diagnostics" / "000010.npz").write_bytes(b"PK")
-  refused([folder, other, "--out", tmp_path / "x.html"], "000010.npz")
+  refused([folder, other, "--out", tmp_path / "x.html"], "000010.npz", "delete that file")
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):

@@ -28,6 +28,16 @@ MOST_ROWS = 100  # of the table of classes
 MOST_CONFUSED = 12
 MOST_EPOCHS = 30  # rows of the table of curves
 LARGEST_MATRIX = 60  # classes in the picture of a confusion matrix
+NO_SETTINGS = (  # keys that change nothing of what a run finds, but for the seed
+  "name",
+  "seed",
+  "dataset.data_dir",
+  "evaluate.batch_size",
+  "evaluate.diagnostics_every",
+  "evaluate.gradients",
+  "checkpoint.every",
+  "checkpoint.minutes",
+)
 SCORES = ("accuracy", "agreement", "label_fidelity", "pool_fidelity")
 
 Table = dict[str, list]
@@ -552,9 +562,7 @@ def _compared(runs: Sequence[Run], score: str, colours: Mapping[str, int], dashe
 
 def _settings(run: Run) -> dict[str, Any]:
   """The config, flat, without what equal runs may differ in; of a given teacher, its digest stands for its place."""
-  flat = dict(_flat(run.results["config"]))
-  for key in ("name", "seed", "dataset.data_dir"):
-    flat.pop(key, None)
+  flat = {key: value for key, value in _flat(run.results["config"]) if key not in NO_SETTINGS}
   if flat.get("teacher.checkpoint"):
     flat["teacher.checkpoint"] = run.results["teacher"].get("digest")
   return flat

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200  # of a chart, in its own units: about the pixels of a phone
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 22  # margins
+LONGEST = 11  # letters of a name beside a heatmap
 COLOURS = 8  # classes c0, c1, ... of the page
 
 
@@ -103,7 +104,9 @@ def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str,
   for row, name in enumerate(names):
     y = row * cell
     if number <= 30:
-      parts.append(Markup('<text class="end" x="64" y="{:.1f}">{}</text>').format(y + cell / 2 + 4, _cut(name, 9)))
+      parts.append(
+        Markup('<text class="end" x="64" y="{:.1f}">{}</text>').format(y + cell / 2 + 4, _cut(name, LONGEST))
+      )
     for column, other in enumerate(names):
       value = float(values[row][column])
       shade, x = abs(value) if math.isfinite(value) else 0.0, 68 + column * cell
@@ -119,7 +122,11 @@ def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str,
         small = " small" if number > 6 else ""
         parts.append(
           Markup('<text class="middle{}{}" x="{:.1f}" y="{:.1f}">{}</text>').format(
-            " on" if shade > 0.55 else "", small, x + cell / 2, y + cell / 2 + 4, shown.removeprefix("0") or "0"
+            " on" if shade > 0.55 else "",
+            small,
+            x + cell / 2,
+            y + cell / 2 + 4,
+            shown if signed else shown.removeprefix("0"),
           )
         )
   bottom = number * cell
@@ -128,10 +135,10 @@ def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str,
       x = 68 + (column + 0.5) * cell
       parts.append(
         Markup('<text class="end" transform="translate({:.1f},{:.1f}) rotate(-60)">{}</text>').format(
-          x + 4, bottom + 10, _cut(name, 9)
+          x + 4, bottom + 10, _cut(name, LONGEST)
         )
       )
-  longest = max((len(_cut(name, 9)) for name in names), default=0)
+  longest = max((len(_cut(name, LONGEST)) for name in names), default=0)
   return _picture(WIDTH, bottom + (16 + 6 * longest if number <= 30 else 4), label, parts)
 
 
