@@ -205,12 +205,14 @@ def finish(
   sheet: tuple[np.ndarray, np.ndarray] | None,
   test_images: int,
   started: float,
+  more: dict[str, Any] | None = None,
 ) -> Finished:
   """Works out the results of a training that has ended and, with a `workdir`, writes all of its files.
 
   Args:
     sheet: (samples (C, n, H, W, K) in normalised space, label fidelity (C,)), or None where nothing was generated.
     started: time.monotonic() at which the whole run began.
+    more: what the task adds to the results.
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
   card["class_names"] = data.class_names()
@@ -221,6 +223,8 @@ def finish(
     "teacher_digest": teacher.card.get("digest"),
   }
   net, last = nets.deployed(setup.student.net, outcome.state.student.variables)
+  if isinstance(net, nets.Quantised):
+    student_card["quantised"] = net.card
   pool = setup.method.pool(outcome.state)
   generator = outcome.state.generator if setup.method.keeps_generator else None
   results = {
@@ -232,6 +236,7 @@ def finish(
       **_scores(config, outcome),
     },
     "generator": _about_generator(config, setup, outcome, sheet),
+    **(more or {}),
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "samples": _samples_drawn(config, setup),
     "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, teach
+from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, tasks, teach
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
@@ -40,6 +40,7 @@ def run(
   mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
   data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
   card = given.card if given else teach.describe_teacher(c, data)
+  c = config.for_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, given.net if given else nets.classifier(card["net"], card["num_classes"]))
   if results := record.earlier_results(workdir, c):
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
@@ -71,6 +72,8 @@ def _carry_out(
     epoch, state = distillation(c, setup, teacher, data)
   measures = Measures(c, setup, teacher, test)
   say(measures.headline(state))
+  report = tasks.of(c).report
+  before = {name: float(score) for name, score in measures(state).items()} if report else {}
   plan = Plan(
     title=c.arm,
     epoch=epoch,
@@ -85,7 +88,9 @@ def _carry_out(
   )
   outcome = train(plan, state)
   sheet = measures.sheet(outcome.state)
-  return record.finish(workdir, c, setup, data, teacher, measures.teacher_accuracy, outcome, sheet, len(test), started)
+  more = report(c, setup, before, outcome.history) if report else {}
+  accuracy = measures.teacher_accuracy
+  return record.finish(workdir, c, setup, data, teacher, accuracy, outcome, sheet, len(test), started, more)
 
 
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:

@@ -39,6 +39,7 @@ ROOMS = {
   "schema": {"errors", "methods"},
   "describe": {"datasets", "methods", "nets", "schema"},
   "config": {"datasets", "errors", "mesh", "methods", "nets", "schema", "setup"},
+  "tasks": {"config", "nets", "optim", "setup", "state"},
   "experiment": {
     "config",
     "datasets",
@@ -50,7 +51,9 @@ ROOMS = {
     "optim",
     "progress",
     "setup",
+    "sources",
     "state",
+    "tasks",
   },
   "teach": {
     "algorithm",
@@ -71,6 +74,7 @@ ROOMS = {
     "sources",
     "state",
     "streams",
+    "tasks",
   },
   "measures": {"config", "datasets", "evaluate", "mesh", "nets", "progress", "setup", "state", "streams", "teach"},
   "record": {
@@ -103,6 +107,7 @@ ROOMS = {
     "schema",
     "setup",
     "streams",
+    "tasks",
     "teach",
   },
   "dry_run": {
@@ -154,7 +159,7 @@ LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
   "flax.struct": {"state", "gradients", "pool"},
   "flax.training": {"state", "gradients"},
-  "optax": {"initial", "losses", "methods", "optim", "setup", "state"},  # some for the type of an optimiser
+  "optax": {"initial", "losses", "methods", "optim", "setup", "state", "tasks"},  # some for the type of an optimiser
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},
