@@ -33,7 +33,7 @@ def get_config(variant=""):
 
 def quantising(c):
   """What quantisation needs in place of distillation's: a student that hardly moves, and samples of known classes."""
-  default.set_weights(c, generator={"ce": 1.0, "bn": 1.0, "adversarial": 0.1}, student={"kd": 1.0, "ce": 0.1})
+  default.set_weights(c, generator={"ce": 4.0, "bn": 1.0, "adversarial": 0.5}, student={"kd": 1.0, "ce": 0.1})
   # As published, the divergence is a mean over classes too: 1/C of what its formula says.
   c.loss.update({"kd_temperature": 4.0, "kl_classes": "mean"})
   c.generator.student_mode = "eval"

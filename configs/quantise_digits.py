@@ -20,7 +20,7 @@ def get_config(variant=""):
     quantise_cifar10.quantising(c)
     c.quantise.update({"weights": 4, "activations": 4, "warmup": 4, "calibration": 1})
     c.schedule.epochs = 20
-    c.student.steps = 1
+    c.student.steps, c.student.lr = 1, 1e-2
     c.evaluate.every = 5
     default.apply_variant(c, variant)
     if variant == "smoke":

@@ -61,7 +61,7 @@ def resolve(
   for check in CHECKS:
     check(config, spec, mesh)
   if config.task == "quantise":
-    nets.quantised(
+    nets.quantise(
       teacher or nets.classifier(config.teacher.net, spec.num_classes), spec.image_shape, **quantiser_options(config)
     )
   check_terms(config, spec, mesh, teacher or nets.classifier(config.teacher.net, spec.num_classes))
@@ -346,7 +346,7 @@ def for_teacher(config: Config, card: dict) -> Config:
 
 
 def quantiser_options(config: Config) -> dict[str, Any]:
-  """What `nets.quantised` is to make of the student."""
+  """What `nets.quantise` is to make of the student."""
   c = config.quantise
   symmetric = c.weights == 8 if c.levels == "auto" else c.levels == "symmetric"
   bits = {name: c[name] for name in ("weights", "activations", "first", "last")}

@@ -108,7 +108,10 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
     return net, (latents, labels)
   net, images = nets.classifier(card["net"], classes), jnp.zeros((2, size, size, channels))
   if "quantised" in card:
-    net = nets.Quantised(net, **card["quantised"])
+    try:
+      net = nets.Quantised(net, **card["quantised"])
+    except TypeError as error:
+      raise Refusal(f"the card says of the quantised net what is not known here ({error}); save it again.") from error
   return net, (images,)
 
 

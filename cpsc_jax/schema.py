@@ -432,7 +432,7 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     "quantise.calibration": Key(
       1, "epochs after these in which the ranges of activations follow the samples and nothing else moves", COUNT
     ),
-    "quantise.momentum": Key(0.9, "of the mean of a batch's minima and maxima, over the batches so far", SHARE),
+    "quantise.momentum": Key(0.9, "of the mean of the batches' maxima; it counts the first batches fully", SHARE),
   },
 }
 SECTIONS = {

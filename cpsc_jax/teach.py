@@ -60,9 +60,7 @@ def describe_teacher(config: Config, data: Data) -> dict:
     }
   card = checkpoint.read_card(folder)
   if "quantised" in card:
-    raise Refusal(
-      f"the net in {folder} is quantised, and a teacher is not; name the float network that it was made of."
-    )
+    raise Refusal(f"the net in {folder} is quantised, which a teacher is not; name the float network it was made of.")
   for key in ("num_classes", "image_size", "channels"):
     if card.get(key) != getattr(spec, key):
       raise Refusal(

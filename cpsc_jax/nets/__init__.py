@@ -41,7 +41,8 @@ from cpsc_jax.nets.layers import (
   torch_uniform,
 )
 from cpsc_jax.nets.mobilenet import MobileNetV2
-from cpsc_jax.nets.quantised import FLOAT, Quantised, quantised, ranges_without_data
+from cpsc_jax.nets.quantised import FLOAT, Quantised, is_int8, quantise, ranges_without_data
+from cpsc_jax.nets.quantised import words as quantised_words
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
 from cpsc_jax.state import Output, Statistics, Tree
@@ -344,10 +345,12 @@ __all__ = [
   "inherited",
   "init",
   "is_head",
+  "is_int8",
   "observed_shapes",
   "output_shapes",
   "outputs",
-  "quantised",
+  "quantise",
+  "quantised_words",
   "ranges_without_data",
   "suggestion",
   "with_classifier",

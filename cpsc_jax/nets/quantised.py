@@ -2,11 +2,12 @@
 
 The quantiser is that of ZeroQ and GDFQ (Xu et al., ECCV 2020, arXiv 2003.03603), which most work on data-free
 quantisation shares: weights by each output channel's current minimum and maximum, activations per tensor and only after
-each ReLU, by a range that is tracked while calibrating and then fixed. Images, pooled features and biases stay float.
+each ReLU, from 0 to a maximum that is tracked while calibrating and then fixed. Images, pooled features and biases stay
+float.
 Rounding is to the nearest level, halves to even, as in ONNX; gradients pass straight through, also outside the range.
 
-Own code: the library for this, qwix 0.1.8, has no asymmetric 3 bits, none of 5 and 6, cannot train with 4 bits on CPUs,
-and quantises what goes into operators in place of what comes out of ReLUs.
+Own code: of qwix 0.1.8, the library for this, QtProvider and PtqProvider fail with 4 bits on CPUs, OdmlQatProvider has
+no asymmetric 3 bits, and all quantise what goes into operators in place of what comes out of ReLUs.
 """
 
 import itertools
@@ -66,8 +67,9 @@ class Quantised(nn.Module):
   """A classifier at few bits, (N, H, W, K) -> `Output`; its parameters are the classifier's own.
 
   Batch norms are always in evaluation mode; scales and shifts are trained. In training mode the first `calibration`
-  batches move the ranges of activations, whose state lies beside the batch norms': each ReLU has "low", "high" () and
-  "seen", the number of batches that have moved them. `quantised` makes one, `ranges_without_data` begins the ranges.
+  batches move the ranges of activations, whose state lies beside the batch norms': each ReLU has "high" (), the end of
+  its range, and "seen", the number of batches that have moved it. `quantise` makes one, `ranges_without_data` begins
+  the ranges.
 
   Attributes:
     weights, activations: bits; FLOAT for none.
@@ -112,18 +114,18 @@ class Quantised(nn.Module):
     return {0: self.first, self.layers - 1: self.last}.get(number, self.weights)
 
   def _activation(self, module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    low, high = (module.variable("batch_stats", end, jnp.zeros, (), jnp.float32) for end in ("low", "high"))
+    high = module.variable("batch_stats", "high", jnp.zeros, (), jnp.float32)
     seen = module.variable("batch_stats", "seen", jnp.zeros, (), jnp.int32)
     if self.is_initializing():
       return x
     if train and module.is_mutable_collection("batch_stats"):
       moves = seen.value < self.calibration
       share = (1 - self.momentum) / (1 - self.momentum ** (seen.value + 1.0))
-      for end, found in ((low, jnp.min(x)), (high, jnp.max(x))):
-        there = end.value + share * (stop_gradient(at_least_float32(found)) - end.value)
-        end.value = jnp.where(moves, there, end.value)
+      found = stop_gradient(at_least_float32(jnp.max(x)))
+      high.value = jnp.where(moves, high.value + share * (found - high.value), high.value)
       seen.value = seen.value + moves
-    return fake_quantised(x, *grid(low.value, high.value, self.activations), jnp.float32(2**self.activations - 1))
+    steps = grid(jnp.zeros_like(high.value), high.value, self.activations)
+    return fake_quantised(x, *steps, jnp.float32(2**self.activations - 1))
 
   @property
   def card(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Quantised(nn.Module):
     return {name: getattr(self, name) for name in ("weights", "activations", "first", "last", "symmetric", "layers")}
 
 
-def quantised(
+def quantise(
   net: nn.Module,
   image_shape: tuple[int, ...],
   weights: int,
@@ -172,6 +174,20 @@ def quantised(
     )
   ends = first or weights, last or weights
   return Quantised(net, weights, activations, *ends, symmetric, len(called), calibration, momentum)
+
+
+def words(card: dict[str, Any]) -> str:
+  """What `Quantised.card` says, such as "W4A4, first layer W8, simulated"."""
+  weights, activations = card["weights"], card["activations"]
+  ends = "".join(f", {end} layer W{card[end]}" for end in ("first", "last") if card[end] != weights)
+  return f"W{weights}A{activations}{ends}, {'as 8-bit integers' if is_int8(card) else 'simulated'}"
+
+
+def is_int8(card: dict[str, Any] | None) -> bool:
+  """Whether a net of this `Quantised.card` can be computed with int8 kernels; None, a float one, cannot."""
+  return (
+    bool(card) and {card[name] for name in ("weights", "activations", "first", "last")} == {8} and card["symmetric"]
+  )
 
 
 def ranges_without_data(net: Quantised, variables: Tree, image_shape: tuple[int, ...]) -> Tree:

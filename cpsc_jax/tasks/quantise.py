@@ -21,7 +21,7 @@ from cpsc_jax.tasks.base import Task
 def student(config: Config, net: Any, image_shape: tuple[int, int, int]) -> nets.Quantised:
   batches = config.quantise.calibration * config.schedule.iterations * config.student.steps
   options = {"calibration": batches, "momentum": config.quantise.momentum}
-  return nets.quantised(net, image_shape, **quantiser_options(config), **options)
+  return nets.quantise(net, image_shape, **quantiser_options(config), **options)
 
 
 def method(config: Config, base: Method, iterations: int) -> Method:
