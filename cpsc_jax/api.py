@@ -156,6 +156,8 @@ def _config(config: str | ml_collections.ConfigDict, student: str, overrides: Ma
     except (TypeError, ValueError) as error:
       kind = type(values[key]).__name__
       raise Refusal(f"config.{key} is {value!r}; it must be of type {kind}, such as {values[key]!r}.") from error
+  if c.task != "distil":
+    raise Refusal(f"config.task is '{c.task}'; from Python only 'distil' can run. Use the command line for the others.")
   if c.arm in REAL_ARMS or c.evaluate.split != "test":
     raise Refusal(
       f"config.arm is '{c.arm}' and config.evaluate.split '{c.evaluate.split}'; from arrays only data-free arms on"

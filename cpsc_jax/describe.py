@@ -17,7 +17,7 @@ def keys(values: Mapping[str, Any]) -> str:
   """Every key of a config, {dotted key: value}, by section: its value, what it means and what it may be."""
   width = min(shutil.get_terminal_size().columns, 110)
   lines, section = [], None
-  for name, key in schema.keys_of(values["method"]).items():
+  for name, key in schema.keys_of(values["method"], values["task"]).items():
     if schema.section_of(name) != section:
       section = schema.section_of(name)
       lines += ["", *textwrap.wrap(f"{section or 'config'}: {schema.SECTIONS[section]}", width)]
@@ -69,15 +69,16 @@ def page() -> str:
     "",
     "Made from [cpsc_jax/schema.py](../cpsc_jax/schema.py) by `python -m cpsc_jax.describe > docs/config.md`. Any key",
     "can be set on the command line, such as `--config.student.lr=0.05`; `cpsc-jax --config digits --help` prints this",
-    "list with the values of that config. Keys of one method alone are in the configs of that method.",
+    "list with the values of that config. Keys of one method or task alone are in its configs.",
   ]
-  every = schema.KEYS | {name: key for own in schema.KEYS_OF.values() for name, key in own.items()}
+  some = schema.KEYS_OF | schema.KEYS_OF_TASK
+  every = schema.KEYS | {name: key for own in some.values() for name, key in own.items()}
   for section, title in schema.SECTIONS.items():
     lines += ["", f"## {section or 'config'}", "", f"{title[0].upper()}{title[1:]}.", ""]
     lines += ["| key | default | may be | meaning |", "|---|---|---|---|"]
     for name, key in every.items():
       if schema.section_of(name) == section:
-        owners = [f"`{method}`" for method, own in schema.KEYS_OF.items() if name in own]
+        owners = [f"`{owner}`" for owner, own in some.items() if name in own]
         only = f" ({', '.join(owners)} only)" if owners else ""
         cells = (f"`{name}`", f"`{key.default!r}`", schema.kind_of(key), key.meaning + only)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

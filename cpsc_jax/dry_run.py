@@ -24,6 +24,7 @@ def text(c: config.Config, workdir: pathlib.Path) -> str:
   """
   mesh, data = make_mesh(), datasets.find(c.dataset.name, c.dataset.data_dir)
   card = teach.describe_teacher(c, data)
+  c = config.for_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, nets.classifier(card["net"], card["num_classes"]))
   finished = record.earlier_results(workdir, c)
   changed = {
@@ -55,6 +56,8 @@ def _without_warmup(c: config.Config) -> config.Config:
   c = ml_collections.ConfigDict(c.to_dict())
   if "episodes" in c:
     c.episodes.warmup = 0
+  if "quantise" in c:
+    c.quantise.warmup = 0
   return c
 
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import datasets, initial, methods, nets, optim
+from cpsc_jax import datasets, initial, methods, nets, optim, sources, tasks
 from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, read_embedding, waiting_epochs
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
-from cpsc_jax.setup import Noise, Player, Setup
-from cpsc_jax.state import Hyper, State, Tree
+from cpsc_jax.setup import Method, Noise, Player, Setup, Term
+from cpsc_jax.state import Hyper, State, Tree, View
 
 
 def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sharding.Mesh) -> Setup:
@@ -45,10 +45,15 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
     method = dataclasses.replace(method, generator_terms=terms)
+  if config.arm == "gaussian_noise":
+    generator, method = None, on_noise(config, method, spec, mesh)
+  task, steps = tasks.of(config), iterations * config.student.steps
+  method = task.method(config, method, iterations)
+  optimiser = optim.student_optimiser(config, steps, waiting_epochs(config), kept_layer)
   return Setup(
     student=Player(
       net=student,
-      optimiser=optim.student_optimiser(config, iterations * config.student.steps, waiting_epochs(config), kept_layer),
+      optimiser=task.optimiser(config, optimiser, steps),
       steps=config.student.steps,
       policy=policy(config, config.student.micro_batches),
       augment=augment,
@@ -65,6 +70,22 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     teacher=teacher,
     generator=generator,
     student_trains_in_generator_steps=config.generator.student_mode == "train",
+  )
+
+
+def on_noise(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:
+  """The student's terms of a method on images of noise, whose labels are what the teacher takes them for."""
+
+  def by_teacher(term: Term) -> Term:
+    def value(v: View) -> jax.Array:
+      return term.value(v.replace(labels=jnp.argmax(v.teacher.logits, axis=-1)))
+
+    return Term(value, term.couples_batch)
+
+  return Method(
+    generator_terms={},
+    student_terms={name: by_teacher(term) for name, term in method.student_terms.items()},
+    source=sources.gaussian(config.schedule.batch_size, spec.image_shape, mesh),
   )
 
 
@@ -87,6 +108,8 @@ def initial_state(
       state = _with_classifier(setup, state, image_shape, teacher)
     if config.generator.embedding and state.generator is not None:
       state = _with_embedding(config, setup, state, image_shape, teacher)
+    if teacher is not None:
+      state = tasks.of(config).begin(config, setup, state, image_shape)
     return initial.placed(setup, state)
 
 
@@ -176,6 +199,7 @@ def embedding_width(config: Config, spec: Dataset, teacher: Any) -> int:
 def build_student(config: Config, spec: Dataset, teacher: Any) -> tuple[Any, bool]:
   """(the student's module, whether it has a feature head because its features are not as wide as the teacher's)."""
   student = nets.classifier(config.student.net, spec.num_classes, compute_dtype(config))
+  student = tasks.of(config).student(config, student, spec.image_shape)
   ours, theirs = (nets.feature_width(net, spec.image_shape) for net in (student, teacher))
   if ours != theirs:
     student = nets.FeatureHead(student, theirs, normalise=config.student.head == "trained")

@@ -98,7 +98,7 @@ def student_schedule(
 
 def _epochs(config: ml_collections.ConfigDict, waiting_epochs: int) -> int:
   """Over which the student's learning rate changes."""
-  return (config.schedule.horizon or config.schedule.epochs) - waiting_epochs
+  return max((config.schedule.horizon or config.schedule.epochs) - waiting_epochs, 1)
 
 
 def optimiser(
@@ -114,6 +114,7 @@ def optimiser(
     "sgd": lambda: sgd(lr, c.momentum, c.weight_decay, mask),
     "adam": lambda: optax.chain(optax.add_decayed_weights(c.weight_decay, mask), optax.adam(lr, b1=c.momentum)),
     "adamw": lambda: optax.adamw(lr, b1=c.momentum, weight_decay=c.weight_decay, mask=mask),
+    "nesterov": lambda: sgd(lr, c.momentum, c.weight_decay, mask, nesterov=True),
   }[c.optimiser]()
   return clipped(tx, c.clip)
 
@@ -134,10 +135,27 @@ def matrices(params: Tree) -> Tree:
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def sgd(lr: optax.ScalarOrSchedule, momentum: float, weight_decay: float, mask=None) -> optax.GradientTransformation:
-  """PyTorch's SGD: d = g + wd * p; b = momentum * b + d; p = p - lr * b."""
+def sgd(
+  lr: optax.ScalarOrSchedule, momentum: float, weight_decay: float, mask=None, nesterov: bool = False
+) -> optax.GradientTransformation:
+  """PyTorch's SGD: d = g + wd * p; b = momentum * b + d; p = p - lr * b, or p - lr * (d + momentum * b)."""
   decay = optax.add_decayed_weights(weight_decay, mask)
-  return optax.chain(decay, optax.trace(momentum), optax.scale_by_learning_rate(lr))
+  return optax.chain(decay, optax.trace(momentum, nesterov), optax.scale_by_learning_rate(lr))
+
+
+def after(steps: int, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx` after its first `steps` updates, in which nothing moves, the state of `tx` included."""
+
+  def init(params: Tree) -> Tree:
+    return {"count": jnp.zeros((), jnp.int32), "inner": tx.init(params)}
+
+  def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+    updates, inner = tx.update(grads, state["inner"], params)
+    acts, idle = state["count"] >= steps, jax.tree.map(jnp.zeros_like, updates)
+    updates, inner = jax.tree.map(lambda new, old: jnp.where(acts, new, old), (updates, inner), (idle, state["inner"]))
+    return updates, {"count": state["count"] + 1, "inner": inner}
+
+  return optax.GradientTransformation(init, update)
 
 
 def warmup_cosine(lr: float, warmup_steps: float, total_steps: int, end: float = 0.0) -> optax.Schedule:

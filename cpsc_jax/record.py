@@ -325,6 +325,7 @@ def finish(
   outcome: Outcome,
   sheet: tuple[np.ndarray, np.ndarray] | None,
   started: float,
+  more: dict[str, Any] | None = None,
 ) -> Finished:
   """Works out the results of a training that has ended and, with a `workdir`, writes all of its files.
 
@@ -332,6 +333,7 @@ def finish(
     results: what `begun` gave.
     sheet: (samples (C, n, H, W, K) in normalised space, label fidelity (C,)), or None where nothing was generated.
     started: time.monotonic() at which the whole run began.
+    more: what the task adds to the results.
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
   card["class_names"] = results["class_names"]
@@ -342,11 +344,14 @@ def finish(
     "teacher_digest": teacher.card.get("digest"),
   }
   net, last = nets.deployed(setup.student.net, outcome.state.student.variables)
+  if isinstance(net, nets.Quantised):
+    student_card["quantised"] = net.card
   pool = setup.method.pool(outcome.state)
   generator = outcome.state.generator if setup.method.keeps_generator else None
   of_training = {
     "student": {**results["student"], **_scores(config, outcome)},
     "generator": _about_generator(config, setup, outcome, sheet),
+    **(more or {}),
     "samples": _samples_drawn(config, setup),
     "seconds_by_part": {"teacher": teacher.seconds, "student": outcome.seconds},
     "environments": _environments(teacher, outcome),
@@ -456,7 +461,7 @@ def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any)
 def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
   """Images that generator updates and student updates have seen."""
   epochs, each, generator = config.schedule.epochs, config.schedule.iterations, setup.generator
-  learning = epochs - (configs.waiting_epochs(config) if setup.method.waits else 0)
+  learning = epochs - (configs.waiting_epochs(config) if setup.method.waits or "quantise" in config else 0)
   return {
     "generator": epochs * each * setup.method.batch_size * generator.steps if generator else 0,
     "student": learning * each * config.schedule.batch_size * config.student.steps,

@@ -319,6 +319,10 @@ def print_table(results: dict[str, Any]) -> None:
   for column in ("parameters", "accuracy", "agreement"):
     table.add_column(column, justify="right")
   table.add_row("teacher", teacher["net"], f"{teacher['parameters']:,}", f"{teacher['accuracy']:.4f}", "")
+  if quantised := results.get("quantised"):
+    bits = f"W{quantised['weights']}A{quantised['activations']}"  # the student's rows are of the fine-tuned
+    for stage in ("without_data", "calibrated"):
+      table.add_row(f"{bits}, {stage.replace('_', ' ')}", student["net"], "", f"{quantised[stage]:.4f}", "")
   for which in ("last", "best"):
     row = student[which]
     label = f"student, {which} epoch ({row['epoch']})" + ("  <- headline" if which == results["headline"] else "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, teach
+from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, tasks, teach
 from cpsc_jax.loop import Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
@@ -42,6 +42,7 @@ def run(
   mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
   data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
   card = given.card if given else teach.describe_teacher(c, data)
+  c = config.for_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, given.net if given else nets.classifier(card["net"], card["num_classes"]))
   if results := record.earlier_results(workdir, c):
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
@@ -81,6 +82,8 @@ def _carry_out(
   say(measures.headline(state))
   accuracy, student = measures.teacher_accuracy, measures.student(state)
   results = record.begun(c, data, teacher, accuracy, student, len(test), command)
+  report = tasks.of(c).report
+  before = {name: float(score) for name, score in measures(state).items()} if report else {}
   with record.journal(workdir, results, setup, data.spec.num_classes) as journal:
     plan = Plan(
       title=c.arm,
@@ -100,7 +103,8 @@ def _carry_out(
       origin=origin,
     )
     outcome = train(plan, state)
-  return record.finish(workdir, c, setup, teacher, results, outcome, measures.sheet(outcome.state), started)
+  sheet, more = measures.sheet(outcome.state), report(c, setup, before, outcome.history) if report else {}
+  return record.finish(workdir, c, setup, teacher, results, outcome, sheet, started, more)
 
 
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:

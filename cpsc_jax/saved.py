@@ -63,7 +63,7 @@ def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "
     )
   if which == "teacher" and config["teacher"]["checkpoint"]:
     return pathlib.Path(config["teacher"]["checkpoint"])
-  if which == "generator" and config["arm"] in ("real_kd", "real_labels"):
+  if which == "generator" and config["arm"] in ("real_kd", "real_labels", "gaussian_noise"):
     raise Refusal(f"the run in {workdir} has no generator: it was run with arm '{config['arm']}', not 'distill'.")
   if which == "generator" and not (workdir / which).exists():
     raise Refusal(
@@ -130,7 +130,13 @@ def rebuild(card: dict[str, Any]) -> tuple[Any, tuple[jax.Array, ...]]:
     classes = classes if card["conditional"] else 1
     net = nets.generator(card["net"], classes, size, channels, card["width"], form=nets.Form.of(card, card))
     return net, (latents, labels)
-  return nets.classifier(card["net"], classes), (jnp.zeros((2, size, size, channels)),)
+  net, images = nets.classifier(card["net"], classes), jnp.zeros((2, size, size, channels))
+  if "quantised" in card:
+    try:
+      net = nets.Quantised(net, **card["quantised"])
+    except TypeError as error:
+      raise Refusal(f"the card says of the quantised net what is not known here ({error}); save it again.") from error
+  return net, (images,)
 
 
 def class_names(card: dict[str, Any]) -> list[str]:

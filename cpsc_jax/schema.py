@@ -65,9 +65,9 @@ def _optimiser(schedule: Key) -> dict[str, Key]:
   """The keys of how a classifier is trained, teacher or student."""
   return {
     "micro_batches": Key(1, "parts of a batch, to save memory; batch norm sees one part at a time", SIZE),
-    "optimiser": Key("sgd", "what follows the gradients", ("sgd", "adam", "adamw")),
+    "optimiser": Key("sgd", "what follows the gradients", ("sgd", "adam", "adamw", "nesterov")),
     "lr": Key(0.1, "learning rate at its highest", POSITIVE),
-    "momentum": Key(0.9, "of SGD; decay of Adam's and AdamW's first moment", SHARE),
+    "momentum": Key(0.9, "of SGD, plain or Nesterov's; decay of Adam's and AdamW's first moment", SHARE),
     "weight_decay": Key(5e-4, "of SGD and Adam added to the gradient, of AdamW apart from it", NOT_NEGATIVE),
     "decay_norms": Key(True, "weight decay on biases and on the scales of norms too"),
     "schedule": schedule,
@@ -324,13 +324,18 @@ STUDENT_WEIGHTS = {
 KEYS: dict[str, Key] = {
   "name": Key("default", "the run's name; the working directory is runs/NAME unless --workdir says otherwise"),
   "seed": Key(0, "of initial weights, noise, labels and the teacher's training", Range(0, 2**32 - 1)),
+  "task": Key(
+    "distil",
+    'what becomes of the teacher: "distil", another network learns from it; "quantise", the same network at few bits',
+    ("distil", "quantise"),
+  ),
   "method": Key("cpsc", "configs/METHOD_cifar10.py sets what belongs to a method", tuple(methods.METHODS)),
   "arm": Key(
     "distill",
     'what trains the student: "distill"; or a control, "untrained_generator" (the generator keeps'
-    ' its initial weights), "real_kd" (the student\'s terms on the real training data) or "real_labels" (cross-entropy'
-    " on the real labels)",
-    ("distill", "untrained_generator", *REAL_ARMS),
+    ' its initial weights), "gaussian_noise" (images of normal noise, with the classes that the teacher gives them),'
+    ' "real_kd" (the student\'s terms on the real training data) or "real_labels" (cross-entropy on the real labels)',
+    ("distill", "untrained_generator", "gaussian_noise", *REAL_ARMS),
   ),
   "reference": Key(
     False,
@@ -416,6 +421,28 @@ KEYS_OF: dict[str, dict[str, Key]] = {
     **_EPISODES,
   },
 }
+_BITS = Range(2, 32)
+# Keys that only the configs of one task have.
+KEYS_OF_TASK: dict[str, dict[str, Key]] = {
+  "distil": {},
+  "quantise": {
+    "quantise.weights": Key(8, "bits of weights, 2 to 8; 32: float", _BITS),
+    "quantise.activations": Key(8, "bits of what leaves each ReLU, 2 to 8; 32: float", _BITS),
+    "quantise.first": Key(0, "bits of the first layer's weights; 0: as the others", Range(0, 32)),
+    "quantise.last": Key(0, "bits of the last layer's weights; 0: as the others", Range(0, 32)),
+    "quantise.levels": Key(
+      "auto",
+      'of weights: "asymmetric", from each output channel\'s minimum to its maximum, as published; "symmetric", around'
+      ' 0, which int8 kernels need; "auto": symmetric with 8 bits',
+      ("auto", "asymmetric", "symmetric"),
+    ),
+    "quantise.warmup": Key(4, "epochs at the start in which the generator learns alone", COUNT_OR_NONE),
+    "quantise.calibration": Key(
+      1, "epochs after these in which the ranges of activations follow the samples and nothing else moves", COUNT
+    ),
+    "quantise.momentum": Key(0.9, "of the mean of the batches' maxima; it counts the first batches fully", SHARE),
+  },
+}
 SECTIONS = {
   "": "the run",
   "dataset": "the data",
@@ -432,6 +459,8 @@ SECTIONS = {
   "loss.student": "weights of the student's terms",
   "loss.views": "CMI's contrast of views",
   "episodes": "FastDFKD and NAYER",
+  "quantise": "quantisation. The student is the teacher's own network and starts with its weights, whatever student.net"
+  " and student.inherit say",
   "evaluate": "what is measured",
   "checkpoint": "what is saved",
 }
@@ -450,6 +479,13 @@ def add_keys_of(config: ml_collections.ConfigDict, method: str) -> None:
     config.update(_tree(KEYS_OF[method]))
 
 
+def add_keys_of_task(config: ml_collections.ConfigDict, task: str) -> None:
+  """Makes `task` the config's, and adds the keys that only its configs have."""
+  with config.unlocked():
+    config.task = task
+    config.update(_tree(KEYS_OF_TASK[task]))
+
+
 def _tree(keys: Mapping[str, Key]) -> dict[str, Any]:
   tree: dict[str, Any] = {}
   for name, key in keys.items():
@@ -461,9 +497,9 @@ def _tree(keys: Mapping[str, Key]) -> dict[str, Any]:
   return tree
 
 
-def keys_of(method: str) -> dict[str, Key]:
-  """{dotted key: what it is} of the configs of a method."""
-  return KEYS | KEYS_OF.get(method, {})
+def keys_of(method: str, task: str = "distil") -> dict[str, Key]:
+  """{dotted key: what it is} of the configs of a method and a task."""
+  return KEYS | KEYS_OF.get(method, {}) | KEYS_OF_TASK.get(task, {})
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -483,11 +519,11 @@ def check(flat: Mapping[str, Any]) -> None:
   Raises:
     Refusal: names the key, the value and what it must be.
   """
-  method = flat.get("method")
-  known = keys_of(method) if isinstance(method, str) else KEYS
-  for name, key in known.items():
+  method, task = (value if isinstance(value, str) else "" for value in (flat.get("method"), flat.get("task")))
+  for name, key in (known := keys_of(method, task)).items():
     if name not in flat:
-      start = "default.get_config() of cpsc_jax.configs" if name in KEYS else f"configs/{method}_cifar10.py"
+      owner = task if name in KEYS_OF_TASK.get(task, {}) else method
+      start = "default.get_config() of cpsc_jax.configs" if name in KEYS else f"configs/{owner}_cifar10.py"
       raise Refusal(f"the config has no key '{name}'; start from {start} and change what differs.")
     if wrong := why_not(key, flat[name]):
       raise Refusal(f"config.{name} is {shown(flat[name])}; it must be {wrong}.")

@@ -54,6 +54,16 @@ def fresh(
   return source
 
 
+def gaussian(number: int, image_shape: tuple[int, int, int], mesh: jax.sharding.Mesh) -> Source:
+  """`number` images of standard normal noise in normalised space, all labelled 0."""
+
+  def source(state: State, key: jax.Array, _: Any) -> tuple[State, Batch]:
+    batch = Batch(jax.random.normal(key, (number, *image_shape)), jnp.zeros((number,), jnp.int32))
+    return state, jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+
+  return source
+
+
 def sample_images(generator: Any, variables: Tree, z: jax.Array, y: jax.Array) -> tuple[jax.Array, Tree]:
   """Images (N, H, W, K) normalised by their own batch, and the batch statistics afterwards."""
   x, stats = nets.forward(generator, variables, z, y, train=True)

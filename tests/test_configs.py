@@ -388,7 +388,7 @@ def test_what_a_key_must_not_be_is_refused_and_what_it_may_be_is_not(method, nam
       schema.check(config | {name: value})
     assert str(refused.value).isprintable() and len(str(refused.value)) < 400
   for value in right(key):
-    if name != "method":
+    if name not in ("method", "task"):  # others have keys of their own
       schema.check(config | {name: value})
   with pytest.raises(Refusal, match=f"the config has no key '{re.escape(name)}'; start from "):
     schema.check({k: value for k, value in config.items() if k != name})

@@ -29,7 +29,7 @@ CASES = {
   "add sub mul div": lambda x: (x + TABLE[0] - x[:, :1]) * (2.0 - x) / (3.0 + x * x) - TABLE[1],
   "exp log sqrt rsqrt": lambda x: jnp.log(1 + jnp.exp(x)) + jnp.sqrt(x * x + 1) * lax.rsqrt(x * x + 2),
   "sin cos tanh logistic erf": lambda x: jnp.sin(x) + jnp.cos(x) + jnp.tanh(x) + nn.sigmoid(x) + lax.erf(x),
-  "floor ceil": lambda x: jnp.floor(3 * x) + 2 * jnp.ceil(3 * x),
+  "floor ceil round": lambda x: jnp.floor(3 * x) + 2 * jnp.ceil(3 * x) + 4 * jnp.round(jnp.floor(3 * x) / 2),
   "pow integer_pow square": lambda x: jnp.abs(x) ** jnp.float32(1.5) + x**3 + jnp.square(x),
   "max min clamp": lambda x: jnp.maximum(x, 0) + jnp.maximum(x, -x / 2) + jnp.minimum(x, 0.3) + lax.clamp(-1.0, x, 1.0),
   "eq ne lt le gt ge": lambda x: sum(

@@ -57,6 +57,7 @@ ROOMS = {
   "schema": {"errors", "methods"},
   "describe": {"datasets", "methods", "nets", "schema"},
   "config": {"datasets", "errors", "files", "mesh", "methods", "nets", "schema", "setup"},
+  "tasks": {"config", "nets", "optim", "setup", "state"},
   "experiment": {
     "config",
     "datasets",
@@ -68,7 +69,9 @@ ROOMS = {
     "optim",
     "progress",
     "setup",
+    "sources",
     "state",
+    "tasks",
   },
   "teach": {
     "algorithm",
@@ -89,6 +92,7 @@ ROOMS = {
     "sources",
     "state",
     "streams",
+    "tasks",
   },
   "measures": {
     "config",
@@ -140,6 +144,7 @@ ROOMS = {
     "schema",
     "setup",
     "streams",
+    "tasks",
     "teach",
   },
   "dry_run": {
@@ -191,7 +196,7 @@ LIBRARIES = {
   "flax.linen": {"nets", "methods"},  # a method may bring a net that is trained along
   "flax.struct": {"state", "gradients", "pool"},
   "flax.training": {"state", "gradients"},
-  "optax": {"initial", "losses", "methods", "optim", "setup", "state"},  # some for the type of an optimiser
+  "optax": {"initial", "losses", "methods", "optim", "setup", "state", "tasks"},  # some for the type of an optimiser
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},

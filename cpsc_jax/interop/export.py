@@ -25,6 +25,7 @@ from cpsc_jax.interop import convert, torch_nets
 from cpsc_jax.progress import say
 
 TOLERANCE = 1e-4  # of the largest output
+QUANTISED_TOLERANCE = 0.05  # where round-off decides between two levels
 BATCHES = (1, 2, 7)
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -49,6 +50,13 @@ def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float
   missing = [package for package in form.packages if not importlib.util.find_spec(package)]
   if missing:
     raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install 'cpsc_jax[{form.extra}]'")
+  quantised = net.card.get("quantised")
+  if quantised and name in ("torch", "safetensors"):
+    raise Refusal(
+      f"the net is quantised, and --format {name} has no levels; use --format onnx, which has them as 8-bit integers,"
+      " or stablehlo."
+    )
+  tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
   # On the CPU: accelerators may round float32 products to fewer bits, a difference that is not the file's.
   beside = [torch_nets.beside(out)] if name == "torch" else []
   with (
@@ -57,15 +65,17 @@ def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float
   ):
     net = net._replace(variables=jax.tree.map(jnp.asarray, jax.device_get(net.variables)))
     difference = form.write(scratch, net)
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
       raise Refusal(
-        f"the {name} file differs from the net by {difference:.1e} of its largest output, more than {TOLERANCE:.0e};"
+        f"the {name} file differs from the net by {difference:.1e} of its largest output, more than {tolerance:.0e};"
         " nothing was written. Try another --format."
       )
   compared = f"outputs differ from the JAX net's by at most {difference:.1e} of the largest output"
   if name == "safetensors":
     compared = "weights bit-identical to the JAX net's"
   say(f"{out}: {net.card['net']}, {nets.count_parameters(net.variables['params']):,} parameters; {compared}")
+  if quantised:
+    say(f"{nets.quantised_words(quantised)}; {pathlib.Path(out).stat().st_size:,} bytes")
   if name == "torch":
     say(f"{beside[0]} is its PyTorch module, which normalises images in [0, 1] itself; these lines call it once:")
     for line in torch_nets.lines(net, out):
@@ -117,10 +127,11 @@ def write_onnx(path: pathlib.Path, net: saved.SavedNet) -> float:
   import onnx
   import onnxruntime
 
-  from cpsc_jax.interop import onnx_graph
+  from cpsc_jax.interop import onnx_graph, onnx_quantised
 
   inputs, output, call = signature(net)
-  model = onnx_graph.build(call, net.variables, inputs, output, metadata(net.card))
+  how = onnx_quantised.translation(net.card)
+  model = onnx_graph.build(call, net.variables, inputs, output, metadata(net.card), **how)
   onnx.save(model, path)
   session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -193,6 +204,7 @@ def metadata(card: dict[str, Any]) -> dict[str, str]:
   """What a user of the weights has to know; values are JSON except those of "net" and "digest"."""
   facts = {key: card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
   facts["class_names"] = saved.class_names(card)
+  facts |= {"quantised": card["quantised"]} if "quantised" in card else {}
   return {"net": card["net"], "digest": card["digest"], **{key: json.dumps(value) for key, value in facts.items()}}
 
 

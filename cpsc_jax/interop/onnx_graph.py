@@ -5,7 +5,7 @@ channels first and JAX nets put them last, so each tensor of the graph records t
 its array: most transpositions then change this record and need no node.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,8 @@ def build(
   inputs: dict[str, tuple[tuple[int, ...], Any]],
   output: str,
   metadata: dict[str, str],
+  rules: Mapping[str, Callable] | None = None,
+  finish: Callable[["Graph"], None] = lambda graph: None,
 ) -> onnx.ModelProto:
   """The ONNX model of function(variables, *inputs) -> array, for any batch size and checked by onnx.checker.
 
@@ -49,6 +51,8 @@ def build(
     inputs: {name: (shape of one sample, dtype)}; the batch axis comes first in all of them.
     output: the name of the result.
     metadata: stored in the model as its properties.
+    rules: {name: rule} of functions under jax.jit that are translated as a whole.
+    finish: is called with the graph when all is translated.
 
   Every input or output of shape (N, H, W, K) has the shape (N, K, H, W) in the model.
 
@@ -62,10 +66,12 @@ def build(
     Constant(np.asarray(leaf), ".".join(str(part.key) for part in path))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
   ]
-  graph = Graph(batch, next(iter(specs)))
+  graph = Graph(batch, next(iter(specs)), rules or {})
   tensors = [Tensor(name, channels_first(spec)) for name, spec in specs.items()]
   (value,) = graph.walk(closed.jaxpr, closed.consts, [*weights, *tensors])
   graph.nodes.append(helper.make_node("Identity", [graph.stored(value, channels_first(result))], [output]))
+
+  finish(graph)
 
   def port(name, spec):
     shape = [spec.shape[axis] if static(spec.shape[axis]) else "batch" for axis in channels_first(spec)]
@@ -90,8 +96,8 @@ def build(
 class Graph:
   """The nodes and initialisers written so far. `batch` is the symbolic batch size, read from the input `first`."""
 
-  def __init__(self, batch: Any, first: str):
-    self.batch, self.first = batch, first
+  def __init__(self, batch: Any, first: str, rules: Mapping[str, Callable]):
+    self.batch, self.first, self.rules = batch, first, rules
     self.nodes, self.initialisers, self.written = [], [], {}
 
   def walk(self, jaxpr: Any, consts: Iterable, args: Iterable[Tensor | Constant]) -> list[Tensor | Constant]:
@@ -111,6 +117,8 @@ class Graph:
     name, many = eqn.primitive.name, eqn.primitive.multiple_results
     if name == "platform_index":
       return [None]  # `unpacked` chooses the platform
+    if name == "jit" and eqn.params["name"] in self.rules:
+      return [self.rules[eqn.params["name"]](self, eqn, *operands)]
     inner = unpacked(eqn)
     if inner is not None:
       jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -142,6 +150,19 @@ class Graph:
       self.written[key] = f"{name}:{namesakes}" if namesakes else name
       self.initialisers.append(numpy_helper.from_array(array, self.written[key]))
     return self.written[key]
+
+  def array(self, name: str) -> np.ndarray | None:
+    """The content of the initialiser of this name; None if there is none."""
+    return next((numpy_helper.to_array(i) for i in self.initialisers if i.name == name), None)
+
+  def drop_unused(self) -> None:
+    """Takes out the nodes and initialisers that nothing uses; the last node is the graph's output."""
+    used = set()
+    for node in reversed(self.nodes):
+      if node is self.nodes[-1] or used & set(node.output):
+        used.update(node.input)
+    self.nodes = [node for node in self.nodes if node is self.nodes[-1] or used & set(node.output)]
+    self.initialisers = [i for i in self.initialisers if i.name in used]
 
   def integers(self, values: Iterable[int]) -> str:
     """The name of an initialiser that holds these integers."""
@@ -242,6 +263,12 @@ def square(graph, eqn, x):
 
 def integer_pow(graph, eqn, x):
   return elementwise("Pow")(graph, eqn, x, Constant(np.asarray(eqn.params["y"], eqn.invars[0].aval.dtype)))
+
+
+def round_to_even(graph, eqn, x):
+  if eqn.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
+    raise unsupported(eqn)
+  return elementwise("Round")(graph, eqn, x)
 
 
 def select(graph, eqn, which, *cases):
@@ -452,6 +479,7 @@ RULES = {
   "reduce_window_sum": sum_pool,
   "reshape": reshape,
   "rev": reverse,
+  "round": round_to_even,
   "rsqrt": elementwise("Sqrt", "Reciprocal"),
   "select_n": select,
   "slice": static_slice,

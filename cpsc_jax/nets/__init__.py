@@ -34,12 +34,15 @@ from cpsc_jax.nets.layers import (
   HEAD,
   Dtype,
   FeatureHead,
+  ReLU,
   StageProjections,
   observe_batch_norm,
   outputs,
   torch_uniform,
 )
 from cpsc_jax.nets.mobilenet import MobileNetV2
+from cpsc_jax.nets.quantised import FLOAT, Quantised, is_int8, quantise, ranges_without_data
+from cpsc_jax.nets.quantised import words as quantised_words
 from cpsc_jax.nets.thin_resnet import CifarResNet, SmallResNet
 from cpsc_jax.nets.wide_resnet import WideResNet
 from cpsc_jax.state import Output, Statistics, Tree
@@ -305,7 +308,7 @@ def is_head(path: Sequence[Any]) -> bool:
 
 
 def _in_full_precision(net):
-  if isinstance(net, Adapted):
+  if isinstance(net, Adapted | Quantised):
     return net.clone(wrapped_module=_in_full_precision(net.wrapped_module))
   dtype = getattr(net, "dtype", None)
   return net.clone(dtype=None) if dtype is not None and jnp.dtype(dtype).itemsize < 4 else net
@@ -326,11 +329,14 @@ def _at(tree, path):
 
 
 __all__ = [
+  "FLOAT",
   "GENERATORS",
   "NETS",
   "FeatureHead",
   "Form",
   "NoisyLayers",
+  "Quantised",
+  "ReLU",
   "StageProjections",
   "adapt",
   "classifier",
@@ -346,9 +352,13 @@ __all__ = [
   "inherited",
   "init",
   "is_head",
+  "is_int8",
   "observed_shapes",
   "output_shapes",
   "outputs",
+  "quantise",
+  "quantised_words",
+  "ranges_without_data",
   "suggestion",
   "takes_flag",
   "with_classifier",

@@ -63,6 +63,22 @@ def linear(features: int, fan_in: int, dtype: Dtype = None, name: str | None = N
   return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
+class ReLU(nn.Module):
+  """max(x, 0) as a layer with a name, so that what comes out of it can be quantised."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nn.relu(x)
+
+
+class ReLU6(ReLU):
+  """The same, and at most 6."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return nn.relu6(x)
+
+
 class _Normalise(nn.Module):
   """Batch statistics in training, running statistics otherwise; PyTorch's update, with the unbiased variance."""
 

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, ReLU6, conv, outputs
 from cpsc_jax.state import Output
 
 # expansion, channels, blocks, stride of the first block
@@ -52,4 +52,4 @@ class MobileNetV2(nn.Module):
 
 def _activated(x, width, kernel, stride, groups, dtype, name, train):
   x = conv(width, kernel, stride, groups=groups, dtype=dtype, name=f"{name}_0")(x)
-  return nn.relu6(BatchNorm(name=f"{name}_1")(x, train))
+  return ReLU6()(BatchNorm(name=f"{name}_1")(x, train))

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, ReLU, conv, outputs
 from cpsc_jax.state import Output
 
 
@@ -16,9 +16,9 @@ class BasicBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-    h = nn.relu(BatchNorm(name="bn1")(h, train))
+    h = ReLU()(BatchNorm(name="bn1")(h, train))
     h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
-    return nn.relu(h + projected(x, self.width, self.stride, self.dtype, train))
+    return ReLU()(h + projected(x, self.width, self.stride, self.dtype, train))
 
 
 class Bottleneck(nn.Module):
@@ -29,12 +29,12 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    h = nn.relu(BatchNorm(name="bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x), train))
+    h = ReLU()(BatchNorm(name="bn1")(conv(self.width, 1, dtype=self.dtype, name="conv1")(x), train))
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv2")(h)
-    h = nn.relu(BatchNorm(name="bn2")(h, train))
+    h = ReLU()(BatchNorm(name="bn2")(h, train))
     width = self.width * self.expansion
     h = BatchNorm(name="bn3")(conv(width, 1, dtype=self.dtype, name="conv3")(h), train)
-    return nn.relu(h + projected(x, width, self.stride, self.dtype, train))
+    return ReLU()(h + projected(x, width, self.stride, self.dtype, train))
 
 
 def projected(x: jax.Array, width: int, stride: int, dtype: Dtype, train: bool) -> jax.Array:
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> Output:
     kernel, stride = (7, 2) if self.imagenet else (3, 1)
-    x = nn.relu(BatchNorm(name="bn1")(conv(64, kernel, stride, dtype=self.dtype, name="conv1")(x), train))
+    x = ReLU()(BatchNorm(name="bn1")(conv(64, kernel, stride, dtype=self.dtype, name="conv1")(x), train))
     if self.imagenet:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     stages = []

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.nets.layers import BatchNorm, Dtype, classify, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, ReLU, classify, conv, outputs
 from cpsc_jax.nets.resnet import projected
 from cpsc_jax.state import Output
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(x)
-    h = nn.relu(BatchNorm(name="bn1")(h, train))
+    h = ReLU()(BatchNorm(name="bn1")(h, train))
     h = BatchNorm(name="bn2")(conv(self.width, 3, dtype=self.dtype, name="conv2")(h), train)
     if not self.free:
       return h + projected(x, self.width, self.stride, self.dtype, train)
@@ -44,12 +44,12 @@ class CifarResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> Output:
-    x = nn.relu(BatchNorm(name="bn1")(conv(16, dtype=self.dtype, name="conv1")(x), train))
+    x = ReLU()(BatchNorm(name="bn1")(conv(16, dtype=self.dtype, name="conv1")(x), train))
     stages = []
     for stage, width in enumerate(WIDTHS):
       for block in range((self.depth - 2) // 6):
         stride = 2 if stage > 0 and block == 0 else 1
-        x = nn.relu(Block(width, stride, True, self.dtype, name=f"layer{stage + 1}_{block}")(x, train))
+        x = ReLU()(Block(width, stride, True, self.dtype, name=f"layer{stage + 1}_{block}")(x, train))
       stages.append(x)
     return outputs(x, stages, self.num_classes, "linear")
 
@@ -68,13 +68,13 @@ class SmallResNet(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> Output:
     if min(x.shape[1:3]) < 16:
       raise Refusal(f"small_resnet{self.depth} needs images of at least 16 pixels, got {min(x.shape[1:3])}.")
-    x = nn.relu(BatchNorm(name="bn1")(conv(64, dtype=self.dtype, name="conv1")(x), train))
+    x = ReLU()(BatchNorm(name="bn1")(conv(64, dtype=self.dtype, name="conv1")(x), train))
     stages = []
     for stage, width in enumerate(WIDTHS):
       for block in range((self.depth - 2) // 6):
         stride = 2 if stage > 0 and block == 0 else 1
         x = Block(width, stride, False, self.dtype, name=f"layer{stage + 1}_{block}")(x, train)
-      x = nn.relu(x)
+      x = ReLU()(x)
       stages.append(x)
     pooled = nn.avg_pool(x, (4, 4), (4, 4))
     return classify(jnp.moveaxis(pooled, -1, 1).reshape(x.shape[0], -1), stages, self.num_classes, "linear")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax.errors import Refusal
-from cpsc_jax.nets.layers import BatchNorm, Dtype, classify, conv, max_pool, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, ReLU, classify, conv, max_pool, outputs
 from cpsc_jax.state import Output
 
 
@@ -27,7 +27,7 @@ class VGG(nn.Module):
     for stage, (count, width) in enumerate(zip(self.convs, (64, 128, 256, 512, 512), strict=True)):
       for index in range(count):
         x = conv(width, use_bias=True, dtype=self.dtype, name=f"block{stage}_conv{index}")(x)
-        x = nn.relu(BatchNorm(name=f"block{stage}_bn{index}")(x, train))
+        x = ReLU()(BatchNorm(name=f"block{stage}_bn{index}")(x, train))
       stages.append(x)
       if stage < 3 or (stage == 3 and height == 64):
         x = max_pool(x)
@@ -66,7 +66,7 @@ class ImageNetVGG(nn.Module):
     for count, width in zip(self.convs, (64, 128, 256, 512, 512), strict=True):
       for _ in range(count):
         x = conv(width, use_bias=True, dtype=self.dtype, name=f"features_{number}")(x)
-        x = nn.relu(BatchNorm(name=f"features_{number + 1}")(x, train))
+        x = ReLU()(BatchNorm(name=f"features_{number + 1}")(x, train))
         number += 3
       stages.append(x)
       x = max_pool(x)
@@ -75,7 +75,7 @@ class ImageNetVGG(nn.Module):
     x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
     for number in (0, 3):
       normal = nn.initializers.normal(0.01)
-      x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name=f"classifier_{number}")(x))
+      x = ReLU()(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=normal, name=f"classifier_{number}")(x))
     return classify(x, stages, self.num_classes, "classifier_6")
 
 

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from cpsc_jax.nets.layers import BatchNorm, Dtype, conv, outputs
+from cpsc_jax.nets.layers import BatchNorm, Dtype, ReLU, conv, outputs
 from cpsc_jax.state import Output
 
 
@@ -14,12 +14,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    activated = nn.relu(BatchNorm(name="bn1")(x, train))
+    activated = ReLU()(BatchNorm(name="bn1")(x, train))
     shortcut = x
     if x.shape[-1] != self.width:
       shortcut = conv(self.width, 1, self.stride, dtype=self.dtype, name="shortcut")(activated)
     h = conv(self.width, 3, self.stride, dtype=self.dtype, name="conv1")(activated)
-    h = nn.relu(BatchNorm(name="bn2")(h, train))
+    h = ReLU()(BatchNorm(name="bn2")(h, train))
     return shortcut + conv(self.width, 3, dtype=self.dtype, name="conv2")(h)
 
 
@@ -40,5 +40,5 @@ class WideResNet(nn.Module):
         stride = 2 if group > 1 and block == 0 else 1
         x = Block(width * self.widen, stride, self.dtype, name=f"block{group}_{block}")(x, train)
       stages.append(x)
-    x = nn.relu(BatchNorm(name="bn1")(x, train))
+    x = ReLU()(BatchNorm(name="bn1")(x, train))
     return outputs(x, stages, self.num_classes, "fc")

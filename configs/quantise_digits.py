@@ -1,0 +1,28 @@
+"""cpsc-jax --config quantise_digits
+
+Data-free quantisation on scikit-learn's 8x8 digits: trains a WRN-16-1 and quantises it to W4A4. docs/quantise.md has
+the accuracies.
+
+Other bits: --config.quantise.weights=8 --config.quantise.activations=8. The controls: --config.arm=gaussian_noise,
+untrained_generator, real_kd.
+"""
+
+from cpsc_jax.configs import default, digits, quantise_cifar10
+
+from cpsc_jax import schema
+
+
+def get_config(variant=""):
+  c = digits.get_config()
+  schema.add_keys_of_task(c, "quantise")
+  with c.unlocked():
+    c.name = "quantise_digits"
+    quantise_cifar10.quantising(c)
+    c.quantise.update({"weights": 4, "activations": 4, "warmup": 4, "calibration": 1})
+    c.schedule.epochs = 20
+    c.student.steps, c.student.lr = 1, 1e-2
+    c.evaluate.every = 5
+    default.apply_variant(c, variant)
+    if variant == "smoke":
+      quantise_cifar10.shortened(c)
+  return c
