@@ -153,12 +153,11 @@ class Campaign:
       environment["JAX_COMPILATION_CACHE_DIR"] = str(self.out / "cold")
     command = [sys.executable, "-m", "cpsc_jax.main", *self.flags, f"--workdir={workdir}"]
 
-    def listen() -> None:
-      signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script, and of what that starts
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
-      pipes = {"stdout": file, "stderr": file, "env": environment, "preexec_fn": listen}
-      return Running(subprocess.Popen(command, cwd=REPOSITORY, **pipes), workdir, log, since)
+      process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file, env=environment)
+    return Running(process, workdir, log, since)
 
   def complete(self, workdir: pathlib.Path) -> tuple[int, str]:
     """Carries out or resumes a run in this process: (exit code, what it says to stderr)."""

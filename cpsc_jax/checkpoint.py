@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import stat
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,6 +107,9 @@ class Checkpointer:
     with self._writing():
       silence()
       self._manager.wait_until_finished()
+      if is_primary():  # where Orbax cannot make its folder, its threads wait minutes for it
+        with tempfile.TemporaryFile(dir=self._directory):
+          pass
       self._unfinished = self._directory / f"{step}{TEMPORARY}"
       record = {**record, "origin": self._origin}
       self._manager.save(

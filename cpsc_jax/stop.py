@@ -109,8 +109,8 @@ def at_once() -> Iterator[None]:
 def program(main: Callable[[], int]) -> NoReturn:
   """Ends this process with the exit code of `main`; signals that come after it change nothing.
 
-  After a signal it ends at once: what Python and JAX do at their end may take seconds, and nobody needs it. Processes
-  of one run take leave of each other.
+  Unless all went well it ends at once: threads of Orbax whose write was broken off, by Ctrl-C or by a full disk, wait
+  minutes for each other, and Python would wait for them.
   """
   try:
     code = main()
@@ -118,12 +118,14 @@ def program(main: Callable[[], int]) -> NoReturn:
     code = left.code
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
+  if not code or not isinstance(code, int):
+    sys.exit(code)
   jax = sys.modules.get("jax")
-  if code in (RESUME, INTERRUPTED) and not (jax and jax.distributed.is_initialized()):
-    with contextlib.suppress(OSError, ValueError):
-      sys.stdout.flush()
-    os._exit(code)
-  sys.exit(code)
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+    if jax and jax.distributed.is_initialized():
+      jax.distributed.shutdown()
+  os._exit(code)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import subprocess
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # a worker and its child processes keep to their share of the cores
   share = str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
@@ -101,6 +102,20 @@ def finished(common, digits_dir):
 
   path = common / "smoke"
   return made_once(path, run)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 12 MB with nothing on it, or a skip where none can be mounted."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, check=False
+  )
+  if mounted.returncode:
+    pytest.skip("a disk of 12 MB cannot be mounted here")
+  yield folder
+  subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

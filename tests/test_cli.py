@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 
 from cpsc_jax import datasets, nets, schema
 from cpsc_jax import main as run
-from cpsc_jax.__main__ import COMMANDS, main
+from cpsc_jax.__main__ import COMMANDS, main, program
 from cpsc_jax.errors import Refusal
 from cpsc_jax.methods import METHODS
 
@@ -113,7 +113,9 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(capsys, tmp_path,
 
 def test_the_console_script_is_this_main():
   module, _, name = PYPROJECT["project"]["scripts"]["cpsc-jax"].partition(":")
-  assert getattr(sys.modules[module], name) is main
+  assert getattr(sys.modules[module], name) is program
+  ended = [subprocess.run([sys.executable, "-m", "cpsc_jax", *argv], capture_output=True) for argv in ([], ["convrt"])]
+  assert [process.returncode for process in ended] == [0, 2]
 
 
 def test_every_package_is_installed():

@@ -297,17 +297,6 @@ def test_twenty_flipped_bytes(tmp_path, caplog):
     assert ("checkpoints/4 is damaged" in caplog.text) == (path in checked), path
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False)
-  if mounted.returncode:
-    pytest.skip("a disk of 4 MB cannot be mounted here")
-  yield folder
-  subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def test_a_full_disk_harms_nothing_that_is_saved(small_disk, monkeypatch):
   # pytest has put its own hook in place of that of `checkpoint.silence`; it would format each complaint in its thread,
   # and CPython 3.11's ast.parse, which that takes, fails at times in several threads at once.

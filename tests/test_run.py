@@ -1,5 +1,6 @@
 """Whole runs through the command line: what they leave, that they resume bit for bit, and what they refuse."""
 
+import ctypes
 import json
 import os
 import platform
@@ -411,6 +412,55 @@ def test_of_two_runs_started_together_one_runs(tmp_path, digits_dir):
     assert "is in use by process" in loser or "belongs to another config" in loser
     winner = json.loads((workdir / "results.json").read_text())
     assert winner["seed"] == (0, number % 2)[codes.index(0)]
+
+
+def said_by(argv, **options):
+  """(exit code, stderr) of a run in a process of its own."""
+  command = [sys.executable, "-m", "cpsc_jax.main", *argv]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, **options)
+  return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [0, 20_000, 300_000, 1_000_000, "100000 left", "500000 left", "880000 left"])
+def test_wherever_the_disk_fills_up_one_sentence_says_so(small_disk, digits_dir, finished, free):
+  """In a new run, and in one that has ended but for its results; with space again, it goes on."""
+  workdir, resumed = small_disk / "w", isinstance(free, str)
+  if resumed:
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("results.json", "student*", "generator", "*.png"))
+  space = int(free.split()[0]) if resumed else free
+  (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - space))
+  argv = command(workdir, digits_dir, "--config.teacher.epochs=1")[1:]
+  code, said = said_by(argv)
+  assert code == 2 and said.startswith("cpsc_jax: ") and said.count("\n") == 1 and "No space left on device" in said
+  (small_disk / "filler").unlink()
+  assert main(["main", *argv]) == 0 and outcome(workdir) == outcome(finished)
+
+
+def without_privileges():
+  """A child process of root then has the permissions of a folder's owner, as everybody else has."""
+  for privilege in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    ctypes.CDLL(None).prctl(24, privilege, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [".", "checkpoints", "events", "teacher", "config.json"])
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_missing_permissions_end_in_one_sentence(tmp_path, digits_dir, finished, place, mode):
+  workdir = tmp_path / "w"
+  shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("results.json", "2"))
+  (workdir / place).chmod(mode)
+  argv = command(workdir, digits_dir)[1:]
+  try:
+    code, said = said_by(argv, preexec_fn=without_privileges)
+  finally:
+    (workdir / place).chmod(0o755)
+  if mode and place in ("teacher", "config.json"):  # these are only read
+    assert code == 0
+  else:
+    assert code == 2 and said.startswith("cpsc_jax: ") and said.count("\n") == 1
+    assert "Permission denied" in said and str(workdir) in said
+  assert main(["main", *argv]) == 0 and outcome(workdir) == outcome(finished)
 
 
 def test_damaged_results_are_named(capsys, tmp_path, digits_dir, finished):
