@@ -410,7 +410,12 @@ def test_damaged_nets_are_refused(capsys, tmp_path, finished):
   for which in ("student", "generator"):
     card = json.loads((workdir / which / checkpoint.CARD).read_text())
     argv = (workdir, "--format", "safetensors", "--which", which, "--out", tmp_path / "x")
-    for damage, word in ((card | {"digest": "0" * 64}, "damaged"), (card | {"num_classes": 7}, "cannot be read")):
+    fewer = {"num_classes": 7, "class_names": [*"abcdefg"]}
+    for damage, word in (
+      (card | {"digest": "0" * 64}, "damaged"),
+      (card | fewer, "cannot be read"),
+      (card | {"class_names": ["a"]}, "it must be 10 texts, one for each class"),
+    ):
       (workdir / which / checkpoint.CARD).write_text(json.dumps(damage))
       refused(capsys, tmp_path, export.main, argv, "was changed since it was written")
       (workdir / which / checkpoint.CARD).write_text(json.dumps(checkpoint.sealed(damage)))

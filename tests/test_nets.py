@@ -165,7 +165,15 @@ def test_half_precision_keeps_parameters_statistics_and_outputs_in_float32(net, 
 
 @pytest.mark.parametrize(
   ("name", "word"),
-  [("resnet81", "resnet18"), ("wrn_17_1", "6n + 4"), ("wrn_4_1", "6n + 4"), ("wrn_16_0", "width"), ("", "choose")],
+  [
+    ("resnet81", "resnet18"),
+    ("wrn_17_1", "6n + 4"),
+    ("wrn_4_1", "6n + 4"),
+    ("wrn_16_0", "width"),
+    ("wrn_1210_1", "up to 1204"),
+    ("cifar_resnet1208", "up to 1202"),
+    ("", "choose"),
+  ],
 )
 def test_unknown_nets_are_refused(name, word):
   with pytest.raises(Refusal, match=word.replace("+", r"\+")):

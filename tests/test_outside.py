@@ -97,7 +97,7 @@ def no_run(monkeypatch):
   monkeypatch.setattr(teach, "obtain_teacher", loaded)
 
 
-LONG = ("large and blank", "false sizes", "many members")  # kinds that take seconds
+LONG = ("large and blank", "false sizes", "many members", "bombs in chunks", "bombs of zip")  # kinds that take seconds
 
 
 def test_a_part_of_all(cases, tmp_path, no_run):

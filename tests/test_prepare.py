@@ -480,7 +480,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
   refused(tmp_path / "i", "1.png has more than 8 bits per channel")
   (flowers(tmp_path / "j", [("test", 1)]) / "test" / "rose" / "0.png").write_bytes(DEEP)
   refused(tmp_path / "j", "0.png has more than 8 bits per channel")
-  for name in ("rose ", "ro\nse", " rose", "Rose", "ro\u00a0se"):
+  for name in ("rose ", "ro\nse", " rose", "Rose", "ro\u00a0se", "\uff52ose", "ro\u200bse"):
     folder = tmp_path / f"k{ord(name[0])}{len(name)}{ord(name[2])}"
     flowers(folder, [("test", 1)], classes=("rose", "ro se", name))
     refused(folder, "cannot be printed; rename it|differ in blanks or case alone; rename one")

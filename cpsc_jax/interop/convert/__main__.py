@@ -145,7 +145,7 @@ def normalisation(
   spec = datasets.find(data, args.data_dir).spec if data else None
   own = {
     "--mean and --std": (args.mean, args.std) if args.mean else None,
-    "this family": family.normalisation,
+    "this family": None if family.normalisation == families.CIFAR and data == "cifar100" else family.normalisation,
     f"'{data}'": (spec.mean, spec.std) if spec and spec.mean else None,
   }
   for mean, std in filter(None, [own["--mean and --std"]]):
