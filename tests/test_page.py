@@ -334,8 +334,11 @@ ASK = """<script>addEventListener("load", () => {
     e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + " " + e.textContent.slice(0, 40));
   const missing = [...document.images].filter(i => !i.naturalWidth).length;
   const flat = [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height < 20).length;
-  document.body.setAttribute("data-found", JSON.stringify({wide, outside, missing, flat, at: innerWidth}));
+  parent.postMessage({wide, outside, missing, flat, at: innerWidth}, "*");
 });</script>"""
+FRAME = """<!DOCTYPE html><body><script>
+addEventListener("message", e => document.body.setAttribute("data-found", JSON.stringify(e.data)));
+</script><iframe src="PAGE" width="WIDTH" height="900" style="border: 0"></iframe></body>"""
 
 
 @pytest.mark.slow
@@ -354,11 +357,14 @@ def test_a_browser_shows_all_of_it(finished, tmp_path, width, kind):
   for number, text in enumerate(pages):
     path = tmp_path / f"{number}.html"
     path.write_text(text.replace("</body>", f"{ASK}</body>"))
+    frame = tmp_path / f"frame{number}.html"  # a window cannot be as narrow as a phone
+    frame.write_text(FRAME.replace("PAGE", path.name).replace("WIDTH", str(width)))
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / f'profile{number}'}"]
-    flags += [f"--window-size={width},1000", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
+    flags += ["--window-size=1400,1000", "--hide-scrollbars", "--enable-logging=stderr"]
+    flags += ["--virtual-time-budget=5000", "--dump-dom"]
     done = subprocess.run(
-      [browser, "--headless", *flags, f"file://{path}"], capture_output=True, text=True, timeout=300
+      [browser, "--headless", *flags, f"file://{frame}"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
