@@ -18,8 +18,7 @@ def get_config(variant=""):
   with c.unlocked():
     c.name = "quantise_digits"
     quantise_cifar10.quantising(c)
-    c.quantise.update({"weights": 4, "activations": 4, "warmup": 4, "calibration": 1})
-    c.schedule.epochs = 20
+    c.quantise.update({"weights": 4, "activations": 4, "warmup": 9, "calibration": 1})
     c.student.steps, c.student.lr = 1, 1e-2
     c.evaluate.every = 5
     default.apply_variant(c, variant)

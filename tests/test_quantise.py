@@ -58,6 +58,10 @@ def net_and_variables(name="cifar_resnet8", size=16, channels=3):
   return net, noisy, x
 
 
+def logits(net, variables, x):
+  return np.asarray(jax.jit(lambda v, x: net.apply(v, x, train=False).logits)(variables, x))
+
+
 def with_ranges(net, variables, image_shape):
   """The variables of a quantised net with the parameters and moments of a float one."""
   fresh = jax.eval_shape(lambda: nets.init(net, jax.random.key(0), jnp.zeros((2, *image_shape))))
@@ -131,7 +135,7 @@ def test_with_32_bits_it_is_the_teacher_bit_for_bit():
   net, variables, x = net_and_variables()
   whole = nets.quantise(net, (16, 16, 3), 32, 32)
   assert jax.tree.structure(nets.init(whole, jax.random.key(0), x)) == jax.tree.structure(variables)
-  ours, theirs = (jax.jit(lambda v, x, n=n: n.apply(v, x, train=False).logits)(variables, x) for n in (whole, net))
+  ours, theirs = logits(whole, variables, x), logits(net, variables, x)
   assert np.array_equal(ours, theirs)
   trained, stats = jax.jit(lambda v, x: nets.forward(whole, v, x, train=True))(variables, x)
   assert np.array_equal(trained.logits, theirs) and equal(stats, variables["batch_stats"]), "batch norms are frozen"
@@ -148,8 +152,8 @@ def test_first_and_last_layers_have_bits_of_their_own():
     return quantised
 
   params = jax.tree_util.tree_map_with_path(by_hand, variables["params"])
-  want = net.apply({**variables, "params": params}, x, train=False).logits
-  np.testing.assert_allclose(some.apply(variables, x, train=False).logits, want, rtol=1e-5, atol=1e-5)
+  want = logits(net, {**variables, "params": params}, x)
+  np.testing.assert_allclose(logits(some, variables, x), want, rtol=1e-5, atol=1e-5)
   assert some.card == {"weights": 3, "activations": 32, "first": 8, "last": 6, "symmetric": False, "layers": 8}
 
 
@@ -159,23 +163,23 @@ def test_ranges_follow_the_first_batches_and_stay():
   some = nets.quantise(net, (16, 16, 3), 32, 8, calibration=3, momentum=0.8)
   now, found, factors = with_ranges(some, variables, (16, 16, 3)), [], (1.0, 3.0, 0.5, 9.0)
   train = jax.jit(lambda v, x: nets.forward(some, v, x, train=True)[1])
+  observed = jax.jit(lambda v, x: net.apply(v, x, train=False, capture_intermediates=True)[1])
   for factor in factors:
-    _, seen = net.apply(variables, factor * x, train=False, capture_intermediates=True)
-    first = np.asarray(seen["intermediates"]["ReLU_0"]["__call__"][0])
+    first = np.asarray(observed(variables, factor * x)["intermediates"]["ReLU_0"]["__call__"][0])
     found.append(first.max())
     now = {**now, "batch_stats": train(now, factor * x)}
   shares = 0.2 * 0.8 ** np.arange(2, -1, -1)
   want = np.sum(shares * found[:3]) / (1 - 0.8**3)
   high, seen = (now["batch_stats"]["ReLU_0"][name] for name in ("high", "seen"))
   assert float(high) == pytest.approx(want, rel=1e-5) and int(seen) == 3
-  again = nets.forward(some, now, x, train=False)[1]
-  assert equal(again, now["batch_stats"])
+  assert equal(nets.forward(some, now, x, train=False)[1], now["batch_stats"])
   moments = {path: leaf for path, leaf in flatten_dict(now["batch_stats"]).items() if "ReLU" not in path[-2]}
   assert equal(moments, flatten_dict(variables["batch_stats"])), "batch norms are frozen"
   constant = nets.quantise(net, (16, 16, 3), 32, 8, calibration=9)
   stats = with_ranges(constant, variables, (16, 16, 3))
+  moved = jax.jit(lambda v, x: nets.forward(constant, v, x, train=True)[1])
   for _ in range(5):
-    stats = {**stats, "batch_stats": nets.forward(constant, stats, x, train=True)[1]}
+    stats = {**stats, "batch_stats": moved(stats, x)}
     assert float(stats["batch_stats"]["ReLU_0"]["high"]) == pytest.approx(found[0], rel=1e-5), "not inflated"
 
 
@@ -244,6 +248,7 @@ def start(c):
   return setup, teacher, experiment.initial_state(c, setup, key, DIGITS.image_shape, teacher)
 
 
+@pytest.mark.slow
 def test_the_phases_and_exact_resume(tmp_path):
   """The generator alone, then ranges alone, then all but ranges; one program; the teacher stays as it is."""
   c = resolved(quantise__warmup=1, quantise__calibration=1, schedule__epochs=4)
@@ -293,11 +298,15 @@ def test_noise_is_labelled_by_the_teacher():
   _, batch = setup.method.source(state, jax.random.key(3), None)
   x = np.asarray(batch.images)
   assert x.shape == (32, 8, 8, 1) and abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
-  after, aux = algorithm.student_update(setup, teacher, state, batch, jax.random.key(0))
-  t = np.asarray(setup.teacher.apply(teacher, batch.images, train=False).logits)
-  s, _ = nets.forward(setup.student.net, state.student.variables, batch.images, train=True)
-  log_p = np.asarray(jax.nn.log_softmax(s.logits))
-  assert float(aux.losses.total) == pytest.approx(-log_p[np.arange(32), t.argmax(1)].mean(), rel=1e-4)
+
+  @jax.jit
+  def both(state, teacher, batch):
+    aux = algorithm.student_update(setup, teacher, state, batch, jax.random.key(0))[1]
+    return aux.losses.total, aux.outputs["student"].logits, algorithm.teach_with(setup, teacher)(batch.images).logits
+
+  total, s, t = both(state, teacher, batch)
+  log_p = np.asarray(jax.nn.log_softmax(s))
+  assert float(total) == pytest.approx(-log_p[np.arange(32), np.asarray(t).argmax(1)].mean(), rel=1e-4)
 
 
 # Configs.
@@ -378,6 +387,7 @@ def logits_of(path, digits_dir):
   return session.run(["logits"], {"images": images})[0], np.asarray(test.labels)
 
 
+@pytest.mark.slow
 def test_a_run_reports_all_stages(run, capsys):
   results = json.loads((run / "results.json").read_text())
   said = results["quantised"]
@@ -395,6 +405,7 @@ def test_a_run_reports_all_stages(run, capsys):
   assert "W8A8, without data" in shown and "W8A8, calibrated" in shown and f"{said['calibrated']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_the_onnx_file_has_8_bit_integers_and_the_accuracy_of_the_run(run, digits_dir, tmp_path, capsys):
   onnx = pytest.importorskip("onnx", reason="needs onnx: pip install -e '.[test]'")
   path, results = tmp_path / "q.onnx", json.loads((run / "results.json").read_text())
@@ -413,18 +424,29 @@ def test_the_onnx_file_has_8_bit_integers_and_the_accuracy_of_the_run(run, digit
   assert path.stat().st_size < (tmp_path / "float.onnx").stat().st_size / 2.5
 
 
-def test_other_formats(run, tmp_path):
+@pytest.mark.slow
+def test_it_runs_as_stablehlo(run, tmp_path):
   assert export.export(run, None, "stablehlo", tmp_path / "q.stablehlo") < export.QUANTISED_TOLERANCE
+
+
+def test_a_saved_net_is_quantised_again_and_no_teacher(tmp_path):
+  net, variables, x = net_and_variables("cifar_resnet8", 8, 1)
+  some = nets.quantise(net, (8, 8, 1), 4, 4, first=8)
+  variables = with_ranges(some, variables, (8, 8, 1))
+  card = {"net": "cifar_resnet8", "num_classes": 10, "image_size": 8, "channels": 1, "mean": [0.5], "std": [0.25]}
+  checkpoint.save_net(tmp_path / "net", variables, card | {"quantised": some.card})
+  again = saved.load(tmp_path / "net")
+  assert again.net == nets.quantise(net, (8, 8, 1), 4, 4, first=8) and equal(again.variables, variables)
   for form in export.WEIGHTS:
     with pytest.raises(Refusal, match=f"the net is quantised, and --format {form} has no levels; use --format onnx"):
-      export.export(run, None, form, tmp_path / "q")
-
-
-def test_a_quantised_net_is_no_teacher(run, digits_dir):
+      export.export_net(again, form, tmp_path / "q")
   c = quantise_digits.get_config("smoke")
-  c.teacher.checkpoint = str(run / "student")
+  c.teacher.checkpoint = str(tmp_path / "net")
   with pytest.raises(Refusal, match="is quantised, which a teacher is not; name the float network"):
-    teach.describe_teacher(c, datasets.find("digits", digits_dir))
+    teach.describe_teacher(c, datasets.find("digits", ""))
+  checkpoint.save_net(tmp_path / "other", variables, card | {"quantised": {**some.card, "bits": 4}})
+  with pytest.raises(Refusal, match="the card says of the quantised net what is not known here .*; save it again"):
+    saved.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize(("weights", "activations", "symmetric"), [(8, 8, True), (4, 4, False)])
@@ -448,7 +470,7 @@ def test_onnx_of_few_bits_and_folded_norms(weights, activations, symmetric, tmp_
   runs = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
   assert runs.count("QLinearConv") == (3 if weights == 8 else 0)
   assert weights < 8 or "Mul" not in runs, "norms are folded"
-  ours = np.asarray(some.apply(now, x, train=False).logits)
+  ours = logits(some, now, x)
   theirs = onnxruntime.InferenceSession(str(path)).run(["logits"], {"images": np.asarray(x).transpose(0, 3, 1, 2)})[0]
   assert np.abs(ours - theirs).max() < 0.05 * np.abs(ours).max() and not math.isnan(theirs.sum())
 
