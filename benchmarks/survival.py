@@ -368,13 +368,13 @@ def judged(campaign: Campaign, workdir: pathlib.Path, name: str) -> tuple[str, s
 
 
 def table(trials: Sequence[Trial]) -> str:
-  """The trials as Markdown."""
+  """The trials as Markdown; of flipped bits by kind of file, in whatever state the workdir was."""
   columns = ("what", "where", "times", "bit-identical", "refused by name", "wrong", "longest, s")
   lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   groups = collections.defaultdict(list)
   for trial in trials:
-    groups[trial.what, trial.where].append(trial)
-    groups[trial.what, "**all**"].append(trial)
+    groups[trial.what, trial.where.partition(", ")[0]].append(trial)
+    groups[trial.what, "all"].append(trial)
   order = {name: place for place, name in enumerate(PHASES)}
   for (what, where), group in sorted(groups.items(), key=lambda g: (g[0][0], order.get(g[0][1], 99), g[0][1])):
     counts = collections.Counter(trial.ended for trial in group)
