@@ -284,7 +284,8 @@ def load_net(directory: str | pathlib.Path, like: Tree) -> tuple[Tree, dict[str,
   card = read_card(directory)
   try:
     _check_files(directory / "variables", sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)))
-    if damage := verify(directory / "variables"):  # Orbax fails on damaged arrays with many a message of its own
+    # Orbax would fail on damaged arrays with many a message of its own. Nets of older versions have no checksums.
+    if (directory / "variables" / CHECKSUMS).exists() and (damage := verify(directory / "variables")):
       raise ValueError(damage)
     with ocp.StandardCheckpointer() as reader:
       _check_shapes(reader.metadata(directory / "variables").item_metadata.tree, like)
