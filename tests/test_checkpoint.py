@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import os
 import subprocess
 
 import jax
@@ -199,3 +200,31 @@ def test_a_net_is_saved_with_its_card_and_read_back(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["net"], "nothing incomplete is left"
   with pytest.raises(Refusal, match="no saved net in .*No such file"):
     checkpoint.read_card(tmp_path / "other")
+
+
+def test_the_files_of_a_net_are_checked_before_its_arrays_are_read(tmp_path, monkeypatch):
+  variables = {"params": {"kernel": jnp.arange(6.0)}, "batch_stats": {}}
+  folder = tmp_path / "net"
+  checkpoint.save_net(folder, variables, CARD)
+  wider = {"params": {"kernel": jnp.zeros(7)}, "batch_stats": {}}
+  with pytest.raises(Refusal, match=r"\['kernel'\] has shape \(6,\) in pieces of \(6,\), not \(7,\)"):
+    checkpoint.load_net(folder, wider)
+  checksums = folder / "variables" / checkpoint.CHECKSUMS
+  kept = checksums.read_text()
+  checksums.unlink()
+  checkpoint.load_net(folder, variables)  # as one of an older version
+  checksums.write_text(kept)
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", lambda *_: pytest.fail("it was read"))
+  large = folder / "variables" / "manifest.ocdbt"
+  whole = large.read_bytes()
+  large.write_bytes(whole[:-1] + b"?")
+  with pytest.raises(Refusal, match=f"cannot be read .*not as in files.sha256: .*{large.name}"):
+    checkpoint.load_net(folder, variables)
+  large.write_bytes(whole)
+  os.truncate(large, 10**12)
+  with pytest.raises(Refusal, match=r"its files have 1,000,000,\d+,\d+ bytes, and its net 24"):
+    checkpoint.load_net(folder, variables)
+  large.unlink()
+  os.mkfifo(large)
+  with pytest.raises(Refusal, match=f"{large.name} is no file"):
+    checkpoint.load_net(folder, variables)

@@ -592,6 +592,12 @@ def test_what_was_prepared_is_checked_when_it_is_read(tmp_path):
     with pytest.raises(Refusal, match="metadata.json was not written by preparing data set 'flowers'"):
       datasets.find("flowers", data_dir).require()
   (folder / "metadata.json").write_text(json.dumps(record))
+  features = (folder / "features.json").read_text()
+  for text in ("{", "[]", features.replace('"image"', '"picture"'), features.replace('"label"', '"title"')):
+    (folder / "features.json").write_text(text)
+    with pytest.raises(Refusal, match="delete it and prepare"):
+      datasets.find("flowers", data_dir).require()
+  (folder / "features.json").write_text(features)
   info = json.loads((folder / "dataset_info.json").read_text())
   (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
   with pytest.raises(Refusal, match="written as tfrecord, which only TensorFlow reads"):

@@ -43,6 +43,7 @@ FILE_FORMAT = "array_record"
 OWN_VERSION = "1.0.0"  # of data sets prepared from the user's images; TFDS requires one
 OWN_RECORD = "metadata.json"  # where TFDS stores the metadata of a builder: here, the `Dataset` of such a data set
 READ_AT_ONCE = 500  # images
+KEPT = (("label", "num_classes"), ("image", "shape"))  # what of a builder's features must be as a `Dataset` says
 
 DATASETS = {
   "digits": Dataset(10, 8, 1, (0.3057,), (0.3762,), {"train": 1343, "test": 454}, photographs=False, bundled=True),
@@ -153,11 +154,12 @@ def check(builder: "tfds.core.DatasetBuilder", spec: Dataset) -> None:
       f"data set '{builder.name}' should have splits {spec.sizes}, but {builder.data_dir} has {have}; delete it and"
       " prepare it again."
     )
-  image, label = (builder.info.features[key] for key in ("image", "label"))
-  if image.shape != spec.image_shape or label.num_classes != spec.num_classes:
+  features = builder.info.features or {}
+  found = [getattr(features[key], name, None) for key, name in KEPT if key in features]
+  if found != [spec.num_classes, spec.image_shape]:
     raise Refusal(
       f"data set '{builder.name}' should have {spec.num_classes} classes and images of {spec.image_shape}, but"
-      f" {builder.data_dir} has {label.num_classes} and {image.shape}; delete it and prepare it again."
+      f" {builder.data_dir} has {found}; delete it and prepare it again."
     )
   if builder.info.file_format.value != FILE_FORMAT:
     raise Refusal(
