@@ -177,6 +177,7 @@ LIBRARIES = {
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},
+  "jinja2": {"page"},
 }
 
 
