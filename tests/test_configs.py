@@ -486,7 +486,16 @@ def test_differences_name_the_keys():
   saved = json.loads(configs.dump(config))
   assert configs.differences(config, saved) == []
   saved["student"]["lr"], saved["seed"], saved["dataset"]["data_dir"] = 0.3, 5, "/elsewhere"
+  saved["evaluate"] |= {"diagnostics_every": 3, "gradients": True}  # nothing that a run finds depends on these
   assert configs.differences(config, saved) == ["seed", "student.lr"]
+
+
+def test_changes_are_told_with_their_defaults():
+  changes = configs.changes(resolve(nayer_cifar10.get_config("digits")))
+  assert changes["generator.steps"] == [6, 10] and changes["dataset.name"] == ["cifar10", "digits"]
+  assert changes["generator.milestones"] == [[50, 150], []], "as JSON has them"
+  assert changes["episodes.life"] == [None, 20], "a key without a default"
+  assert "name" not in changes and "student.momentum" not in changes
 
 
 def test_parts_of_a_batch_must_divide_what_the_student_sees():

@@ -26,7 +26,7 @@ from cpsc_jax.config import resolve
 from cpsc_jax.main import main
 from cpsc_jax.methods import METHODS
 from cpsc_jax.nets.layers import unit
-from cpsc_jax.state import Output, Statistics
+from cpsc_jax.state import Hyper, Output, Statistics, Weights
 from cpsc_jax.streams import Stream
 
 RNG = np.random.default_rng(0)
@@ -405,6 +405,35 @@ def test_a_generator_without_one_class(digits):
 
 
 # Whole diagnoses.
+
+
+def rates_of(method, **changes):
+  """The learning rates of epochs 1 to 16."""
+  config = smoke_config(method)
+  config.update_from_flattened_dict({"schedule.epochs": 16, "student.warmup_epochs": 0, **changes})
+  config = resolve(config, datasets.DATASETS["digits"], mesh.make_mesh())
+  one = Weights({}, jnp.float32(2.0))
+  program = jax.jit(functools.partial(experiment.learning_rates, config))
+  found = [program(np.int32(epoch), Hyper(one, one)) for epoch in range(1, 17)]
+  return {player: [float(rates[player]) for rates in found] for player in found[0]}
+
+
+def test_learning_rates_are_those_of_the_last_update():
+  falling = {"schedule": "steps", "milestones": (5, 9), "decay": 0.1, "lr": 0.5}
+  both = {f"{player}.{key}": value for player in ("student", "generator") for key, value in falling.items()}
+  wanted = [1.0] * 4 + [0.1] * 4 + [0.01] * 8  # twice what the config says, by the factor in the state
+  for player, rates in rates_of("cpsc", **both).items():
+    np.testing.assert_allclose(rates, wanted, rtol=1e-5, err_msg=player)
+  cosine = rates_of("zskt", **{"student.lr": 1.0, "generator.schedule": "steps", "generator.milestones": ()})
+  updates = np.arange(2, 33, 2) - 1  # two iterations an epoch, one student update each
+  np.testing.assert_allclose(cosine["student"], 1 + np.cos(np.pi * updates / 32), rtol=1e-4)
+
+
+def test_a_player_that_does_not_train_has_no_learning_rate():
+  waiting = rates_of("fast", **{"episodes.warmup": 4})
+  assert list(waiting) == ["student"], "the generator's optimiser starts again in every iteration"
+  assert np.isnan(waiting["student"][:2]).all() and np.isfinite(waiting["student"][2:]).all()
+  assert list(rates_of("cpsc", arm="untrained_generator")) == ["student"]
 
 
 def test_probes_are_what_they_say():

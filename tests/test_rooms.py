@@ -200,6 +200,7 @@ LIBRARIES = {
   "orbax": {"checkpoint"},
   "onnx": {"interop"},
   "matplotlib": {"report"},
+  "jinja2": {"page"},
 }
 
 
