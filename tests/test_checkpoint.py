@@ -209,11 +209,11 @@ def test_the_files_of_a_net_are_checked_before_its_arrays_are_read(tmp_path, mon
   wider = {"params": {"kernel": jnp.zeros(7)}, "batch_stats": {}}
   with pytest.raises(Refusal, match=r"\['kernel'\] has shape \(6,\) in pieces of \(6,\), not \(7,\)"):
     checkpoint.load_net(folder, wider)
-  checksums = folder / "variables" / checkpoint.CHECKSUMS
-  kept = checksums.read_text()
-  checksums.unlink()
+  sums = folder / "variables" / checksums.NAME
+  kept = sums.read_text()
+  sums.unlink()
   checkpoint.load_net(folder, variables)  # as one of an older version
-  checksums.write_text(kept)
+  sums.write_text(kept)
   monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", lambda *_: pytest.fail("it was read"))
   large = folder / "variables" / "manifest.ocdbt"
   whole = large.read_bytes()

@@ -12,6 +12,7 @@ import pytest
 from conftest import REPOSITORY, command
 from cpsc_jax.configs import default, quantise_cifar10, quantise_digits
 from flax.traverse_util import flatten_dict
+from spmd_worker import smoke_config as config_of
 from test_algorithm import equal
 from test_configs import right, wrong
 from test_methods import on_host
@@ -279,6 +280,26 @@ def test_the_phases_and_exact_resume(tmp_path):
   restored = checkpoint.Checkpointer(tmp_path).restore({"state": like})[0]["state"]
   again, _ = epoch(restored, teacher)
   assert equal(on_host(again), after[2]) and epoch._cache_size() == 1 and equal(teacher, kept)
+
+
+@pytest.mark.parametrize("method", ["cmi", "fast", "nayer", "rgal"])
+def test_any_method_can_quantise(method):
+  """Its keys and the task's in one config; what is put around the student is put around the quantised one."""
+  c = config_of(method)
+  schema.add_keys_of_task(c, "quantise")
+  c.quantise.warmup, c.schedule.epochs, c.student.warmup_epochs = 1, 6, 0
+  c = config.resolve(config.for_teacher(c, {"net": c.teacher.net}), DIGITS, mesh.make_mesh())
+  assert dict(schema.flatten(c)).keys() == schema.keys_of(method, "quantise").keys()
+  net = nets.classifier(c.teacher.net, 10)
+  setup = experiment.build(c, DIGITS, net, {"mean": DIGITS.mean, "std": DIGITS.std}, mesh.make_mesh())
+  inner, _ = nets.deployed(setup.student.net, {})
+  assert isinstance(inner, nets.Quantised) and setup.method.waits is not None
+  if method == "rgal":
+    assert isinstance(setup.student.net, nets.StageProjections)
+    teacher = nets.init(net, jax.random.key(5), jnp.zeros((2, 8, 8, 1)))
+    state = experiment.initial_state(c, setup, jax.random.key(0), DIGITS.image_shape, teacher)
+    assert float(state.student.batch_stats["net"]["ReLU_0"]["high"]) == pytest.approx(6.0), "scale 1 and shift 0"
+    assert equal(state.student.params["net"], teacher["params"])
 
 
 def test_the_optimiser_rests_at_first():
