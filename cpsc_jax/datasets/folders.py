@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import warnings
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -167,7 +168,8 @@ def read(
   try:
     if isinstance(file, str | pathlib.Path):
       file = io.BytesIO(files.read_bytes(file, LARGEST_FILE))
-    with Image.open(file, formats=("PNG", "JPEG")) as image:
+    # Pillow warns of what it passes over, such as damaged EXIF entries.
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=("PNG", "JPEG")) as image:
       deep = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow would drop the lower half of each
       if image.mode[0] in "IF" or deep:
         raise Refusal(f"{where} has more than 8 bits per channel; convert it to 8 bits.")
