@@ -44,11 +44,8 @@ ORIGIN = {  # what a training comes from, and how to call another one
   "teacher": "another teacher",
 }
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder that is not complete yet
-NOT_CHECKED = (
-  checksums.NAME,
-  "_CHECKPOINT_METADATA",
-  "commit_success.txt",
-)  # Orbax writes the last two after the checksums
+# Orbax writes the last two after the checksums.
+NOT_CHECKED = (checksums.NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def changed_origin(begun: Mapping[str, str], now: Mapping[str, str]) -> str:

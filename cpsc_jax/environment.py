@@ -63,6 +63,7 @@ def _source() -> str:
   return total.hexdigest()[:12]
 
 
+@functools.cache
 def _version(package: str) -> str:
   try:
     return metadata.version(package)

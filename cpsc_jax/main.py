@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"cpsc_jax: {mesh.lost_process(error)}", file=sys.stderr, flush=True)
     return RESUME
   except KeyboardInterrupt:
-    print(stop.SAID[INTERRUPTED], file=sys.stderr)
+    print(stop.SAID[INTERRUPTED], file=sys.stderr, flush=True)
+    stop.end_program(INTERRUPTED)
     return INTERRUPTED
   return 0
 

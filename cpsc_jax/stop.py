@@ -106,26 +106,40 @@ def at_once() -> Iterator[None]:
     yield
 
 
+_of_program = []  # not empty once `program` has begun: this process may then be ended
+
+
 def program(main: Callable[[], int]) -> NoReturn:
   """Ends this process with the exit code of `main`; signals that come after it change nothing.
 
   Unless all went well it ends at once: threads of Orbax whose write was broken off, by Ctrl-C or by a full disk, wait
   minutes for each other, and Python would wait for them.
   """
+  _of_program.append(True)
   try:
     code = main()
   except SystemExit as left:  # of `exit_on_sigterm`, or of a parser of flags
     code = left.code
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  if not code or not isinstance(code, int):
-    sys.exit(code)
-  jax = sys.modules.get("jax")
-  with contextlib.suppress(Exception):
-    sys.stdout.flush()
-    if jax and jax.distributed.is_initialized():
-      jax.distributed.shutdown()
-  os._exit(code)
+  if code and isinstance(code, int):
+    end_program(code)
+  sys.exit(code)
+
+
+def end_program(code: int) -> None:
+  """Ends this process at once if it is a `program`, and does nothing otherwise.
+
+  Called while an exception is handled, it spares what the exception holds: to take arrays and compiled programs apart
+  while the devices may still be using them is not safe.
+  """
+  if _of_program:
+    jax = sys.modules.get("jax")
+    with contextlib.suppress(Exception):
+      sys.stdout.flush()
+      if jax and jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,17 @@ while True:
   assert code == want and said == stop.SAID[want] + "\n" and seconds < 10
 
 
+@pytest.mark.parametrize("main", ["lambda: 2", "lambda: sys.exit(75)"])
+def test_a_program_that_fails_does_not_wait_for_its_threads(main):
+  """As those of Orbax, which wait five minutes for each other once a write was broken off."""
+  work = (
+    "import sys, threading, time\nfrom cpsc_jax import stop\nthreading.Thread(target=time.sleep, args=(600,)).start()"
+  )
+  program = [sys.executable, "-c", f"{work}\nprint('said')\nstop.program({main})"]
+  done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+  assert done.returncode == (2 if "2" in main else 75) and done.stdout == "said\n" and not done.stderr
+
+
 def test_what_is_ignored_stays_ignored():
   """As in the background of a script."""
   work = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nwith stop.at_once():\n  time.sleep(1)\nprint('done')"
