@@ -41,7 +41,8 @@ def as_integers(graph: Graph, eqn: Any, x: Tensor | Constant, scale: Constant, z
 def fold(graph: Graph) -> None:
   """What batch norms multiply and add behind a convolution with 8-bit weights becomes part of its scales and bias.
 
-  The integers stay as they are, but for their sign, so that nothing is rounded but the bias, to 32 bits.
+  The integers stay as they are, but for their sign, so that nothing is rounded but the bias, to 32 bits. Only where a
+  channel's bias would not fit does its scale grow; next to such a bias its weights are nothing.
   """
   users = collections.Counter(name for node in graph.nodes for name in node.input)
   behind = {node.input[0]: node for node in graph.nodes if users[node.input[0]] == 1}
@@ -54,16 +55,15 @@ def fold(graph: Graph) -> None:
     factor, shift, channels = np.ones_like(scale), np.zeros_like(scale), len(scale)
     while (node := behind.get(conv.output[0])) and node.op_type in ("Add", "Mul"):
       by = graph.array(node.input[1])
-      if by is None or by.size not in (1, channels) or (by.size > 1 and by.shape[1] != channels):
+      if by is None or not (by.size == 1 or by.shape == (1, channels, 1, 1)):
         break
       by = np.broadcast_to(by.reshape(-1), channels)
       factor, shift = (factor, shift + by) if node.op_type == "Add" else (factor * by, shift * by)
       graph.nodes.remove(node)
       conv.output[0] = node.output[0]
     whole, scale = whole * np.sign(factor).astype(np.int8).reshape(-1, 1, 1, 1), scale * np.abs(factor)
-    if given is None or given.op_type != "DequantizeLinear":
-      step = None
-    else:
+    quantised = given is not None and given.op_type == "DequantizeLinear"  # the first layer's input is not
+    if quantised:
       step = graph.array(given.input[1])
       smallest = np.maximum(np.abs(shift) / (step * LARGEST_BIAS), np.finfo(np.float32).tiny)
       larger = np.maximum(scale, smallest)
@@ -72,7 +72,7 @@ def fold(graph: Graph) -> None:
     name = weights.input[0].removesuffix(".int8")
     inputs = graph.constant(whole, weights.input[0]), graph.constant(scale.astype(np.float32), f"{name}.scale")
     parts = [helper.make_node("DequantizeLinear", inputs, [f"{conv.output[0]}.weight"], axis=0)]
-    if step is None:
+    if not quantised:
       bias = graph.constant(shift.astype(np.float32), f"{name}.bias")
     else:
       each, bias = (step * scale).astype(np.float32), f"{conv.output[0]}.bias"
