@@ -3,7 +3,11 @@
 import fcntl
 import os
 import pathlib
+import signal
 import subprocess
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; child processes inherit it
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # a worker and its child processes keep to their share of the cores
   share = str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
