@@ -38,7 +38,12 @@ from cpsc_jax.interop.convert import __main__ as convert
 
 MOST_MEMORY = 10**9  # bytes over the size of the input
 MOST_SECONDS = 60.0
-BEGUN = {"w", "w/config.json", "w/.lock"}  # what a run leaves that could not load its teacher: no result
+BEGUN = {
+  "w",
+  "w/config.json",
+  "w/origin.json",
+  "w/.lock",
+}  # what a run leaves that could not load its teacher: no result
 
 
 class Case(NamedTuple):

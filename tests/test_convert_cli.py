@@ -168,7 +168,7 @@ def test_places_that_cannot_be_written(source, capsys):
   (taken / "thesis.txt").write_text("mine")
   assert "exists" in refused(capsys, source, "--out", taken)
   assert [path.name for path in taken.iterdir()] == ["thesis.txt"]
-  assert "cannot write" in refused(capsys, source, "--out", source / "below")
+  assert "cannot be written" in refused(capsys, source, "--out", source / "below")
   assert "no file" in refused(capsys, source.parent / "none.pth", "--out", source.parent / "out")
   assert "no file" in refused(capsys, source.parent, "--out", source.parent / "out")
 

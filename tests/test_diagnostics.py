@@ -539,7 +539,7 @@ def test_diagnoses_do_not_depend_on_the_devices(digits_dir, tmp_path):
 def test_no_key_of_a_diagnosis_serves_twice():
   from test_streams import assert_no_key_serves_twice, uses_of_keys
 
-  setup, teacher, state = setup_of("cpsc", **{"generator.crop_pad": 1, "loss.generator.triplet": 0.1})
+  setup, teacher, state = setup_of("cpsc", "wrn_10_1", **{"generator.crop_pad": 1, "loss.generator.triplet": 0.1})
   root = streams.root(0)
 
   def program(root):

@@ -79,7 +79,7 @@ def make(workdir):
   for first, last in ((1, 3), (3, 4)):
     events = Events(workdir / "events", first)
     for epoch in range(first, last + 1):
-      events.add(epoch, {"accuracy": 0.1 * epoch})
+      events.add(epoch, {"accuracy": 0.1 * epoch}, {})
     time.sleep(1.1)  # the names of event files count seconds
   (workdir / "history.json").write_text(json.dumps({"student": entries}))
   config = {"episodes": {"warmup": 2}, "schedule": {"iterations": 2}}
@@ -268,7 +268,7 @@ def test_a_run_that_was_resumed_has_one_timeline(tmp_path, monkeypatch):
   for first, last in ((1, 3), (3, 4)):
     events = Events(tmp_path / "events", first)
     for epoch in range(first, last + 1):
-      events.add(epoch, {"accuracy": 0.5})
+      events.add(epoch, {"accuracy": 0.5}, {})
     time.sleep(1.1)
   assert table.timeline(tmp_path) == {1: 10, 2: 20, 3: 30, 4: 40}
 
