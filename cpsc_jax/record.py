@@ -381,8 +381,7 @@ def _write_files(workdir, results, history, sheet, card, held, started) -> None:
   """results.json comes last: a folder that has it is complete."""
   last = diagnosis_of(workdir, history["student"][-1]["epoch"])
   if last.exists():
-    with np.load(last) as arrays:
-      results["warnings"] = arrays["warnings"].tolist()
+    results["warnings"] = report.read_diagnosis(last)["warnings"].tolist()
   if sheet:
     images = datasets.denormalise(sheet[0][:, : report.COLUMNS], card["mean"], card["std"])
     save_arrays(workdir / "samples.npz", images=images)

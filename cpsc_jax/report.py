@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,7 +123,7 @@ def compare(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> 
 def _run(workdir: pathlib.Path, results: dict[str, Any], history: dict[str, list[dict]]) -> page.Run:
   finished, samples = "seconds" in results, workdir / "samples.npz"
   diagnoses = {
-    int(path.stem): _read_arrays(path, mend=WITHOUT)
+    int(path.stem): read_diagnosis(path)
     for path in sorted((workdir / DIAGNOSTICS).glob("*.npz"))
     if path.stem.isdecimal()
   }
@@ -134,6 +135,11 @@ def _run(workdir: pathlib.Path, results: dict[str, Any], history: dict[str, list
     diagnoses={epoch: arrays for epoch, arrays in diagnoses.items() if epoch <= done},
     samples=_read_samples(samples) if finished and results.get("generator") and samples.exists() else None,
   )
+
+
+def read_diagnosis(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """All arrays of a diagnosis. Raises a Refusal that says what to do if the file is damaged."""
+  return _read_arrays(path, mend=WITHOUT)
 
 
 def _control_arms(workdir: pathlib.Path, results: dict[str, Any]) -> list[page.Run]:
@@ -437,7 +443,7 @@ def _read_arrays(path: pathlib.Path, *names: str, mend: str = AGAIN) -> dict[str
   try:
     with np.load(path) as arrays:
       return {name: arrays[name] for name in names or arrays.files}
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise Refusal(f"cannot read {path} ({first_line(error)}); {mend}.") from error
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cpsc_jax import report
+from cpsc_jax.errors import Refusal
 
 TERMS = {"generator": ("adversarial", "ce", "bn"), "student": ("kd", "l2")}
 
@@ -284,3 +285,18 @@ def test_samples_grid():
   assert cell == 9 and grid.shape == (18, 27)
   np.testing.assert_array_equal(grid[9:17, 18:26], images[1, 2, ..., 0])
   assert (grid[8] == 1).all() and report.mosaic(np.repeat(images, 3, -1))[0].shape == (18, 27, 3)
+
+
+def test_a_damaged_diagnosis_is_named(tmp_path):
+  path = tmp_path / "000008.npz"
+  np.savez(path, warnings=np.array(["one"]), confidence=np.float32(0.5))
+  whole, refused = path.read_bytes(), 0
+  assert report.read_diagnosis(path)["warnings"].tolist() == ["one"]
+  for byte in range(0, len(whole), 7):
+    path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 2]) + whole[byte + 1 :])
+    try:
+      report.read_diagnosis(path)
+    except Refusal as refusal:
+      refused += 1
+      assert str(path) in str(refusal) and "delete that file" in str(refusal)
+  assert refused > 20
