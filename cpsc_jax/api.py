@@ -21,8 +21,6 @@ from cpsc_jax.schema import REAL_ARMS, flatten
 from cpsc_jax.state import Tree
 from cpsc_jax.teach import Teacher
 
-LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -189,7 +187,7 @@ def _per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
     raise Refusal(
       f"{name} is {given}; it must be {channels} finite number{'s' * (channels > 1)}, one per channel, and std above 0."
     )
-  if max(abs(numbers)) > LARGEST_STATISTIC:
+  if max(abs(numbers)) > datasets.LARGEST_STATISTIC:
     raise Refusal(f"{name} is {given}; it must be of pixels in [0, 1]: divide by 255 what is of pixels up to 255.")
   return tuple(numbers.tolist())
 

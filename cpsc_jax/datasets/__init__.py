@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from cpsc_jax import files
 from cpsc_jax.datasets.arrays import InMemory
-from cpsc_jax.datasets.data import EVALUATION_SPLITS, Data, Dataset, Split, is_held_out
+from cpsc_jax.datasets.data import EVALUATION_SPLITS, LARGEST_STATISTIC, Data, Dataset, Split, is_held_out
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.progress import SECONDS_BETWEEN_LINES, say
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
   "DATASETS",
   "EVALUATION_SPLITS",
+  "LARGEST_STATISTIC",
   "Data",
   "Dataset",
   "InMemory",

@@ -14,6 +14,7 @@ from cpsc_jax.errors import Refusal
 
 EVALUATION_SPLITS = ("test", "validation")
 VALIDATION_SEED = 20
+LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ from cpsc_jax.progress import say
 
 CHECK_BATCH, CHECK_PIXELS = 250, 2**24  # images, and their pixels, that are classified together
 SMALLEST, LARGEST = 8, 1024  # height and width of images in pixels
-LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +150,7 @@ def normalisation(
   for mean, std in filter(None, [own["--mean and --std"]]):
     if not len(mean) == len(std) == channels or not all(map(math.isfinite, [*mean, *std])) or not min(std) > 0:
       raise Refusal(f"--mean and --std must be {channels} finite numbers each, one per channel, and --std positive.")
-    if max(map(abs, [*mean, *std])) > LARGEST_STATISTIC:
+    if max(map(abs, [*mean, *std])) > datasets.LARGEST_STATISTIC:
       raise Refusal("--mean and --std must be of pixels in [0, 1]: divide by 255 what is of pixels up to 255.")
   customary = next(((name, found) for name, found in own.items() if found and len(found[0]) == channels), None)
   tried = normalisations.candidates(channels, own)
