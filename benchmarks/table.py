@@ -35,8 +35,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from benchmarks import plan as plans
 from benchmarks.plan import Plan, Row, folder
-from cpsc_jax import checksums
-from cpsc_jax.config import waiting_epochs
+from cpsc_jax import checksums, tasks
 from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name, save_figure
@@ -194,7 +193,7 @@ def curve(workdir: pathlib.Path, results: Mapping) -> dict[str, list[float]]:
   """At the measured epochs of a finished run: minutes of training, images that its student has seen, accuracy."""
   history = json.loads((workdir / "history.json").read_text())["student"]
   measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
-  resting = waiting_epochs(ConfigDict(results["config"]))
+  resting = tasks.waiting_epochs(ConfigDict({"task": "distil", **results["config"]}))  # old ones name no task
   each = results["samples"]["student"] / (len(history) - resting)
   epochs = [entry["epoch"] for entry in measured]
   return {

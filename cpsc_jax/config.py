@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cpsc_jax import files, methods, nets, schema
+from cpsc_jax import files, methods, nets, schema, tasks
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import check_divisible, device_memory
@@ -64,11 +64,9 @@ def resolve(
   config = settled(config, "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
   for check in CHECKS:
     check(config, spec, mesh)
-  if config.task == "quantise":
-    nets.quantise(
-      teacher or nets.classifier(config.teacher.net, spec.num_classes), spec.image_shape, **quantiser_options(config)
-    )
-  check_terms(config, spec, mesh, teacher or nets.classifier(config.teacher.net, spec.num_classes))
+  teacher = teacher or nets.classifier(config.teacher.net, spec.num_classes)
+  tasks.of(config).check_teacher(config, teacher, spec.image_shape)
+  check_terms(config, spec, mesh, teacher)
   return ml_collections.FrozenConfigDict(config)
 
 
@@ -101,7 +99,7 @@ def check_schedule(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> No
 
 def check_warmup(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   """A warm-up of a learning rate that follows a cosine; others have none."""
-  epochs = {"student": (config.schedule.horizon or config.schedule.epochs) - waiting_epochs(config)}
+  epochs = {"student": (config.schedule.horizon or config.schedule.epochs) - tasks.waiting_epochs(config)}
   if not config.teacher.checkpoint:
     epochs["teacher"] = config.teacher.epochs
   for player, number in epochs.items():
@@ -113,25 +111,8 @@ def check_warmup(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None
       )
 
 
-def check_quantise(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
-  """Bits that there are, and phases that the run has time for and measures."""
-  if config.task != "quantise":
-    return
-  for key in ("weights", "activations", "first", "last"):
-    bits, default = config.quantise[key], key in ("first", "last")
-    if not (2 <= bits <= 8 or bits == nets.FLOAT or (default and not bits)):
-      more = ", or 0 for as many as the others" if default else ""
-      raise Refusal(f"config.quantise.{key} is {bits}; it must be from 2 to 8 bits, 32 for float{more}.")
-  if config.reference:
-    raise Refusal("config.reference is that of CPSC-DFKD's distillation; leave it False for task 'quantise'.")
-  before, epochs, every = waiting_epochs(config), config.schedule.epochs, config.evaluate.every
-  phases = f"config.quantise.warmup and config.quantise.calibration are {before} epochs together"
-  if before > epochs:
-    raise Refusal(f"{phases}, more than config.schedule.epochs, {epochs}; make them shorter or the run longer.")
-  if before % every and before != epochs:
-    raise Refusal(
-      f"{phases}, after which the run is to be measured; make that a multiple of config.evaluate.every, {every}."
-    )
+def check_task(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  tasks.of(config).check(config, spec, mesh)
 
 
 def check_nets(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -317,7 +298,7 @@ CHECKS = (
   check_values,
   check_reference,
   check_schedule,
-  check_quantise,
+  check_task,
   check_nets,
   check_batches,
   check_norm_parts,
@@ -333,31 +314,6 @@ CHECKS = (
 def inverts(config: Config) -> bool:
   """Whether the config's method fits a new generator in every iteration."""
   return getattr(methods.METHODS[config.method], "INVERTS", False)
-
-
-def waiting_epochs(config: Config) -> int:
-  """Epochs at the start in which the student is not trained: warm-up of FastDFKD and NAYER, or before fine-tuning."""
-  warmup = config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
-  if "quantise" in config:
-    return max(warmup, config.quantise.warmup) + config.quantise.calibration
-  return warmup
-
-
-def for_teacher(config: Config, card: dict) -> Config:
-  """The config of a run with the teacher of this card: to be quantised is the teacher's own network."""
-  if config.task != "quantise":
-    return config
-  config = ml_collections.ConfigDict(config.to_dict())
-  config.student.net, config.student.inherit = card["net"], True
-  return config
-
-
-def quantiser_options(config: Config) -> dict[str, Any]:
-  """What `nets.quantise` is to make of the student."""
-  c = config.quantise
-  symmetric = c.weights == 8 if c.levels == "auto" else c.levels == "symmetric"
-  bits = {name: c[name] for name in ("weights", "activations", "first", "last")}
-  return {**bits, "symmetric": symmetric}
 
 
 def dump(config: Config) -> str:

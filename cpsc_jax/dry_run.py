@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from cpsc_jax import algorithm, checkpoint, config, datasets, experiment, nets, record, schema, streams, teach
+from cpsc_jax import algorithm, checkpoint, config, datasets, experiment, nets, record, schema, streams, tasks, teach
 from cpsc_jax.mesh import device_memory, make_mesh
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
@@ -24,7 +24,7 @@ def text(c: config.Config, workdir: pathlib.Path) -> str:
   """
   mesh, data = make_mesh(), datasets.find(c.dataset.name, c.dataset.data_dir)
   card = teach.describe_teacher(c, data)
-  c = config.for_teacher(c, card)
+  c = tasks.of(c).of_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, nets.classifier(card["net"], card["num_classes"]))
   finished = record.earlier_results(workdir, c)
   changed = {
@@ -56,8 +56,7 @@ def _without_warmup(c: config.Config) -> config.Config:
   c = ml_collections.ConfigDict(c.to_dict())
   if "episodes" in c:
     c.episodes.warmup = 0
-  if "quantise" in c:
-    c.quantise.warmup = 0
+  c.update_from_flattened_dict(dict.fromkeys(tasks.of(c).warmups, 0))
   return c
 
 

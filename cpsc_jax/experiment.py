@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import datasets, initial, methods, nets, optim, sources, tasks
-from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, read_embedding, waiting_epochs
+from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, read_embedding
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
@@ -49,7 +49,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     generator, method = None, on_noise(config, method, spec, mesh)
   task, steps = tasks.of(config), iterations * config.student.steps
   method = task.method(config, method, iterations)
-  optimiser = optim.student_optimiser(config, steps, waiting_epochs(config), kept_layer)
+  optimiser = optim.student_optimiser(config, steps, tasks.waiting_epochs(config), kept_layer)
   return Setup(
     student=Player(
       net=student,
@@ -175,9 +175,9 @@ def learning_rates(config: Config, epoch: jax.Array, hyper: Hyper) -> dict[str, 
 
   There is none of a generator that takes no update, or whose optimiser starts again in every iteration.
   """
-  waiting, steps = 0 if config.arm in REAL_ARMS else waiting_epochs(config), config.schedule.iterations
+  waiting, steps = 0 if config.arm in REAL_ARMS else tasks.waiting_epochs(config), config.schedule.iterations
   updates = (epoch - waiting) * steps * config.student.steps
-  schedule = optim.student_schedule(config, steps * config.student.steps, waiting_epochs(config))
+  schedule = optim.student_schedule(config, steps * config.student.steps, tasks.waiting_epochs(config))
   rates = {"student": jnp.where(updates > 0, hyper.student.lr * schedule(updates - 1), jnp.nan)}
   if config.arm == "distill" and not inverts(config):
     schedule = optim.generator_schedule(config, steps * config.generator.steps)

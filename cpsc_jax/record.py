@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cpsc_jax import checkpoint, checksums, datasets, diagnostics, environment, nets, report, saved, schema
+from cpsc_jax import checkpoint, checksums, datasets, diagnostics, environment, nets, report, saved, schema, tasks
 from cpsc_jax import config as configs
 from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
@@ -460,7 +460,7 @@ def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any)
 def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
   """Images that generator updates and student updates have seen."""
   epochs, each, generator = config.schedule.epochs, config.schedule.iterations, setup.generator
-  learning = epochs - (configs.waiting_epochs(config) if setup.method.waits or "quantise" in config else 0)
+  learning = epochs - (tasks.waiting_epochs(config) if setup.method.waits or tasks.of(config).warmups else 0)
   return {
     "generator": epochs * each * setup.method.batch_size * generator.steps if generator else 0,
     "student": learning * each * config.schedule.batch_size * config.student.steps,

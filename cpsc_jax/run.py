@@ -42,7 +42,7 @@ def run(
   mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
   data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
   card = given.card if given else teach.describe_teacher(c, data)
-  c = config.for_teacher(c, card)
+  c = tasks.of(c).of_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, given.net if given else nets.classifier(card["net"], card["num_classes"]))
   if results := record.earlier_results(workdir, c):
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")

@@ -29,6 +29,7 @@ from cpsc_jax import (
   saved,
   schema,
   streams,
+  tasks,
   teach,
 )
 from cpsc_jax.errors import Refusal
@@ -236,7 +237,7 @@ def test_every_convolution_and_relu_is_found(name):
 def resolved(**changes):
   c = quantise_digits.get_config("smoke")
   c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  c = config.for_teacher(c, {"net": c.teacher.net})
+  c = tasks.of(c).of_teacher(c, {"net": c.teacher.net})
   return config.resolve(c, DIGITS, mesh.make_mesh())
 
 
@@ -288,7 +289,7 @@ def test_any_method_can_quantise(method):
   c = config_of(method)
   schema.add_keys_of_task(c, "quantise")
   c.quantise.warmup, c.schedule.epochs, c.student.warmup_epochs = 1, 6, 0
-  c = config.resolve(config.for_teacher(c, {"net": c.teacher.net}), DIGITS, mesh.make_mesh())
+  c = config.resolve(tasks.of(c).of_teacher(c, {"net": c.teacher.net}), DIGITS, mesh.make_mesh())
   assert dict(schema.flatten(c)).keys() == schema.keys_of(method, "quantise").keys()
   net = nets.classifier(c.teacher.net, 10)
   setup = experiment.build(c, DIGITS, net, {"mean": DIGITS.mean, "std": DIGITS.std}, mesh.make_mesh())
@@ -340,7 +341,7 @@ def test_configs_are_complete_and_resolve(module, variant):
   assert dict(schema.flatten(c)).keys() == schema.keys_of("cpsc", "quantise").keys()
   assert c.is_locked and c.quantise.is_locked and c.task == "quantise"
   spec = datasets.find(c.dataset.name, "").spec
-  c = config.resolve(config.for_teacher(c, {"net": "wrn_16_1"}), spec, mesh.make_mesh())
+  c = config.resolve(tasks.of(c).of_teacher(c, {"net": "wrn_16_1"}), spec, mesh.make_mesh())
   assert c.student.net == "wrn_16_1" and c.student.inherit
 
 
@@ -382,7 +383,7 @@ def test_a_network_that_cannot_be_quantised_is_refused_before_any_work(monkeypat
 
 def test_distillation_has_no_keys_of_it():
   c = default.get_config()
-  assert c.task == "distil" and "quantise" not in c and config.for_teacher(c, {"net": "x"}) is c
+  assert c.task == "distil" and "quantise" not in c and tasks.of(c).of_teacher(c, {"net": "x"}) is c
 
 
 # A run and its files.

@@ -56,8 +56,8 @@ ROOMS = {
   "loop": {"errors", "checkpoint", "environment", "events", "mesh", "progress", "state", "stop"},
   "schema": {"errors", "methods"},
   "describe": {"datasets", "methods", "nets", "schema"},
-  "config": {"datasets", "errors", "files", "mesh", "methods", "nets", "schema", "setup"},
-  "tasks": {"config", "nets", "optim", "setup", "state"},
+  "tasks": {"datasets", "errors", "methods", "nets", "optim", "setup", "state"},
+  "config": {"datasets", "errors", "files", "mesh", "methods", "nets", "schema", "setup", "tasks"},
   "experiment": {
     "config",
     "datasets",
@@ -128,6 +128,7 @@ ROOMS = {
     "schema",
     "setup",
     "state",
+    "tasks",
     "teach",
   },
   "run": {
@@ -160,6 +161,7 @@ ROOMS = {
     "setup",
     "state",
     "streams",
+    "tasks",
     "teach",
   },
   "main": {

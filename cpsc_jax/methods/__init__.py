@@ -63,6 +63,11 @@ def active(config, player: str, terms: dict[str, Term]) -> dict[str, Term]:
   return {name: term for name, term in terms.items() if weights[name]}
 
 
+def waiting_epochs(config) -> int:
+  """Epochs at the start in which the method does not train the student: the warm-up of FastDFKD and NAYER."""
+  return config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
+
+
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses settings that the config's method cannot work with."""
   module = METHODS[config.method]
@@ -77,4 +82,4 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-__all__ = ["METHODS", "Parts", "check", "inversion", "method"]
+__all__ = ["METHODS", "Parts", "check", "inversion", "method", "waiting_epochs"]

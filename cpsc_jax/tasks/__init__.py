@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cpsc_jax import methods
+from cpsc_jax.errors import Refusal
 from cpsc_jax.tasks import quantise
 from cpsc_jax.tasks.base import Task
 
@@ -9,8 +11,19 @@ TASKS: dict[str, Task] = {"distil": Task(), "quantise": quantise.TASK}
 
 
 def of(config: Any) -> Task:
-  """The task that a config names."""
+  """The task that a config names.
+
+  Raises:
+    Refusal: there is none of this name.
+  """
+  if config.task not in TASKS:
+    raise Refusal(f"config.task is '{config.task}'; it must be one of {', '.join(TASKS)}.")
   return TASKS[config.task]
 
 
-__all__ = ["TASKS", "Task", "of"]
+def waiting_epochs(config: Any) -> int:
+  """Epochs at the start in which the student is not trained: a method's warm-up, or what a task puts before it."""
+  return of(config).waiting(config, methods.waiting_epochs(config))
+
+
+__all__ = ["TASKS", "Task", "of", "waiting_epochs"]

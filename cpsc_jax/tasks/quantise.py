@@ -9,19 +9,66 @@ import dataclasses
 from typing import Any
 
 import jax
+import ml_collections
 import optax
 
-from cpsc_jax import nets, optim
-from cpsc_jax.config import Config, quantiser_options, waiting_epochs
+from cpsc_jax import methods, nets, optim
+from cpsc_jax.datasets import Dataset
+from cpsc_jax.errors import Refusal
 from cpsc_jax.setup import Method, Setup
 from cpsc_jax.state import State, Tree
 from cpsc_jax.tasks.base import Task
 
+Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
+
+
+def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  """Bits that there are, and phases that the run has time for and measures."""
+  for key in ("weights", "activations", "first", "last"):
+    bits, default = config.quantise[key], key in ("first", "last")
+    if not (2 <= bits <= 8 or bits == nets.FLOAT or (default and not bits)):
+      more = ", or 0 for as many as the others" if default else ""
+      raise Refusal(f"config.quantise.{key} is {bits}; it must be from 2 to 8 bits, 32 for float{more}.")
+  if config.reference:
+    raise Refusal("config.reference is that of CPSC-DFKD's distillation; leave it False for task 'quantise'.")
+  before = waiting(config, methods.waiting_epochs(config))
+  epochs, every = config.schedule.epochs, config.evaluate.every
+  phases = f"config.quantise.warmup and config.quantise.calibration are {before} epochs together"
+  if before > epochs:
+    raise Refusal(f"{phases}, more than config.schedule.epochs, {epochs}; make them shorter or the run longer.")
+  if before % every and before != epochs:
+    raise Refusal(
+      f"{phases}, after which the run is to be measured; make that a multiple of config.evaluate.every, {every}."
+    )
+
+
+def check_teacher(config: Config, teacher: Any, image_shape: tuple[int, int, int]) -> None:
+  nets.quantise(teacher, image_shape, **options(config))
+
+
+def of_teacher(config: Config, card: dict) -> Config:
+  """To be quantised is the teacher's own network."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.student.net, config.student.inherit = card["net"], True
+  return config
+
+
+def waiting(config: Config, epochs: int) -> int:
+  return max(epochs, config.quantise.warmup) + config.quantise.calibration
+
+
+def options(config: Config) -> dict[str, Any]:
+  """What `nets.quantise` is to make of the student."""
+  c = config.quantise
+  symmetric = c.weights == 8 if c.levels == "auto" else c.levels == "symmetric"
+  bits = {name: c[name] for name in ("weights", "activations", "first", "last")}
+  return {**bits, "symmetric": symmetric}
+
 
 def student(config: Config, net: Any, image_shape: tuple[int, int, int]) -> nets.Quantised:
   batches = config.quantise.calibration * config.schedule.iterations * config.student.steps
-  options = {"calibration": batches, "momentum": config.quantise.momentum}
-  return nets.quantise(net, image_shape, **quantiser_options(config), **options)
+  calibration = {"calibration": batches, "momentum": config.quantise.momentum}
+  return nets.quantise(net, image_shape, **options(config), **calibration)
 
 
 def method(config: Config, base: Method, iterations: int) -> Method:
@@ -54,9 +101,20 @@ def begin(config: Config, setup: Setup, state: State, image_shape: tuple[int, in
 
 def report(config: Config, setup: Setup, before: dict[str, float], history: list[dict]) -> dict[str, Any]:
   """Bits, and the accuracies on the way: the last epoch's is the student's own."""
-  calibrated = history[waiting_epochs(config) - 1]["accuracy"]
+  calibrated = history[waiting(config, methods.waiting_epochs(config)) - 1]["accuracy"]
   net, _ = nets.deployed(setup.student.net, {})
   return {"quantised": {**net.card, "without_data": before["accuracy"], "calibrated": calibrated}}
 
 
-TASK = Task(student, method, optimiser, begin, report)
+TASK = Task(
+  check=check,
+  check_teacher=check_teacher,
+  of_teacher=of_teacher,
+  waiting=waiting,
+  warmups=("quantise.warmup",),
+  student=student,
+  method=method,
+  optimiser=optimiser,
+  begin=begin,
+  report=report,
+)
