@@ -1,6 +1,7 @@
 """Data-free knowledge distillation in JAX.
 
   cpsc-jax --config NAME|FILE [--workdir DIR] [--config.KEY=VALUE ...]   run one experiment; NAME such as digits
+  cpsc-jax sweep --config NAME --grid 'KEY=VALUE,VALUE;...' [--seeds N]  many runs: a grid or a search, and their table
   cpsc-jax convert FILE --out FOLDER     make a teacher from a PyTorch checkpoint
   cpsc-jax export WORKDIR --out FILE     write a net of a finished run as PyTorch, safetensors, ONNX or StableHLO
   cpsc-jax sample WORKDIR --out FILE     draw samples from the generator of a finished run
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 from cpsc_jax import stop
 
-COMMANDS = ("convert", "export", "sample", "prepare", "report")
+COMMANDS = ("convert", "export", "sample", "prepare", "report", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +53,8 @@ def imported(name: str) -> Callable[[Sequence[str]], int]:
       from cpsc_jax.datasets.prepare import main
     case "report":
       from cpsc_jax.report import main
+    case "sweep":
+      from cpsc_jax.sweep.__main__ import main
     case _:
       from cpsc_jax.main import main
   return main

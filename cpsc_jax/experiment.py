@@ -63,14 +63,19 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     ),
     method=method,
     mesh=mesh,
-    weights={
-      "generator": {name: config.loss.generator[name] for name in method.generator_terms},
-      "student": {name: config.loss.student[name] for name in method.student_terms},
-    },
+    weights=weights(config, method),
     teacher=teacher,
     generator=generator,
     student_trains_in_generator_steps=config.generator.student_mode == "train",
   )
+
+
+def weights(config: Config, method: Method) -> dict[str, dict[str, float]]:
+  """The config's weights of a method's terms, as `Setup` has them."""
+  return {
+    "generator": {name: config.loss.generator[name] for name in method.generator_terms},
+    "student": {name: config.loss.student[name] for name in method.student_terms},
+  }
 
 
 def on_noise(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:

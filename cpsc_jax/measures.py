@@ -18,6 +18,71 @@ from cpsc_jax.streams import Stream
 from cpsc_jax.teach import Teacher
 
 
+class Programs:
+  """The compiled programs by which a run is measured. Runs that differ in their numbers alone can share them."""
+
+  def __init__(self, c: Config, setup: Setup, teacher: Any, card: dict):
+    """`teacher` is its module, `card` its card."""
+    self.c, self.setup, self.card = c, setup, card
+    classifier = functools.partial(
+      evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=c.evaluate.batch_size, mesh=setup.mesh
+    )
+    self.classify = classifier(nets.deployed(setup.student.net, {})[0])
+    self.teach = classifier(nets.deployed(teacher, {})[0], features=True)
+    self.sampler = evaluate.compile_sampler(setup, c.evaluate.samples_per_class) if setup.generator else None
+    self.labelled = bool(self.sampler) and setup.method.noise.labelled
+
+  def _once(self, function: Any) -> Any:
+    return examine.once(function, self.setup.mesh)
+
+  @functools.cached_property
+  def some(self) -> Any:
+    """Features (N, D) of at most diagnostics.LARGEST_SET of N images."""
+
+    def rows(features: jax.Array) -> jax.Array:
+      number = len(features)
+      return features[np.linspace(0, number - 1, min(number, diagnostics.LARGEST_SET)).astype(int)]
+
+    return self._once(rows)
+
+  @functools.cached_property
+  def fidelity(self) -> Any:
+    """Fidelity per class (C,), NaN of a class without a sample, and its mean, in which that counts as 0."""
+
+    def of_samples(predicted: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
+      per_class = diagnostics.fidelity(predicted, exist)
+      return per_class, jnp.mean(jnp.nan_to_num(per_class))
+
+    return self._once(of_samples)
+
+  @functools.cached_property
+  def probes(self) -> Any:
+    return self._once(examine.probes)
+
+  @functools.cached_property
+  def pictures(self) -> Any:
+    card, (rows, columns) = self.card, examine.GRID
+    return self._once(lambda images: sources.stored(images[:rows, :columns], "uint8", card["mean"], card["std"]))
+
+  @functools.cached_property
+  def of_student(self) -> Any:
+    return self._once(functools.partial(examine.of_student, num_classes=self.card["num_classes"]))
+
+  @functools.cached_property
+  def of_samples(self) -> Any:
+    net = nets.deployed(self.setup.student.net, {})[0]
+    fixed = {"net": net, "num_classes": self.card["num_classes"], "labelled": self.labelled}
+    return self._once(functools.partial(examine.of_samples, **fixed))
+
+  @functools.cached_property
+  def of_terms(self) -> Any:
+    return examine.compile_terms(self.setup)
+
+  @functools.cached_property
+  def rates(self) -> Any:
+    return self._once(functools.partial(experiment.learning_rates, self.c))
+
+
 class Measures:
   """What is measured of a state.
 
@@ -25,23 +90,16 @@ class Measures:
   everything that `cpsc_jax.examine` finds, some of it from what the call before it saw of the same state.
   """
 
-  def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split):
+  def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split, programs: Programs | None = None):
+    """`programs` are those of a run with the same nets, method and data; None: its own."""
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
-    card, mesh = teacher.card, setup.mesh
-    self.classes = card["num_classes"]
-    classifier = functools.partial(
-      evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=c.evaluate.batch_size, mesh=mesh
-    )
-    self.classify = classifier(nets.deployed(setup.student.net, {})[0])
-    self.teach = classifier(nets.deployed(teacher.net, {})[0], features=True)
+    self.programs = programs or Programs(c, setup, teacher.net, teacher.card)
+    mesh = setup.mesh
     with working("measuring the teacher"):
-      seen = self.teach(teacher.variables, test.images)
-      rows = np.linspace(0, len(test) - 1, min(len(test), diagnostics.LARGEST_SET)).astype(int)
-      self.real = seen.features if seen.features is None else self._once(lambda x: x[rows])(seen.features)
+      seen = self.programs.teach(teacher.variables, test.images)
+      self.real = seen.features if seen.features is None else self.programs.some(seen.features)
       self.of_teacher = seen._replace(features=None)
       self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels))
-    self.sampler = evaluate.compile_sampler(setup, c.evaluate.samples_per_class) if setup.generator else None
-    self.labelled = bool(self.sampler) and setup.method.noise.labelled
     root = streams.root(c.seed)
     self.key = replicate(streams.key(root, Stream.SAMPLE_SHEET), mesh)
     self.diagnosis_key = replicate(streams.key(root, Stream.DIAGNOSIS), mesh)
@@ -58,7 +116,7 @@ class Measures:
       "accuracy": evaluate.share_equal(predictions.labels, self.test.labels),
       "agreement": evaluate.share_equal(predictions.labels, self.of_teacher.labels),
     }
-    if self.labelled:
+    if self.programs.labelled:
       scores[self.setup.method.fidelity] = fidelity[1]
     return scores
 
@@ -66,24 +124,26 @@ class Measures:
     """{name: array} of everything that `cpsc_jax.examine` finds after an epoch; absent is what does not apply."""
     predictions, samples, fidelity = self._look(state)
     probes, taught = self._probes
-    probed = self.classify(self.student(state), probes).labels
-    found = self._of_student(predictions, self.of_teacher, self.test.labels, probed, taught)
+    probed = self.programs.classify(self.student(state), probes).labels
+    found = self.programs.of_student(predictions, self.of_teacher, self.test.labels, probed, taught)
     if samples:
-      if self.labelled:
+      if self.programs.labelled:
         found["fidelity_per_class"] = fidelity[0]
-      found |= self._of_samples(self.student(state), samples, self.real)
-      found["grid"] = self._pictures(samples.images)
+      found |= self.programs.of_samples(self.student(state), samples, self.real)
+      found["grid"] = self.programs.pictures(samples.images)
       if self.c.evaluate.gradients:
-        found |= self._of_terms(state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch))
-    rates = self._rates(np.int32(epoch), state.hyper)
+        found |= self.programs.of_terms(
+          state, self.teacher.variables, streams.nth(self.diagnosis_key, Stream.TERMS, epoch)
+        )
+    rates = self.programs.rates(np.int32(epoch), state.hyper)
     return found | {f"{player}_learning_rate": rate for player, rate in rates.items()}
 
   def sheet(self, state: State) -> tuple[Any, Any] | None:
     """(samples of every class, their fidelity (C,)), or None where nothing is generated."""
-    if not self.sampler:
+    if not self.programs.sampler:
       return None
-    samples = self.sampler(state, self.teacher.variables, self.key)
-    per_class, _ = self._fidelity(samples.teacher.labels, samples.exist)
+    samples = self.programs.sampler(state, self.teacher.variables, self.key)
+    per_class, _ = self.programs.fidelity(samples.teacher.labels, samples.exist)
     images, per_class = jax.device_get((samples.images, per_class))
     return images, np.nan_to_num(per_class)
 
@@ -98,52 +158,16 @@ class Measures:
   def _look(self, state: State) -> tuple[evaluate.Predictions, evaluate.Samples | None, tuple | None]:
     """What the student says of the test images; some samples, and the `_fidelity` of all."""
     if self.seen[0] is not state.step:
-      predictions, samples, fidelity = self.classify(self.student(state), self.test.images), None, None
-      if self.sampler:
-        samples = self.sampler(state, self.teacher.variables, self.key)
-        fidelity = self._fidelity(samples.teacher.labels, samples.exist)
+      predictions, samples, fidelity = self.programs.classify(self.student(state), self.test.images), None, None
+      if self.programs.sampler:
+        samples = self.programs.sampler(state, self.teacher.variables, self.key)
+        fidelity = self.programs.fidelity(samples.teacher.labels, samples.exist)
         samples = examine.some(samples)
       self.seen = state.step, predictions, samples, fidelity
     return self.seen[1:]
 
-  def _once(self, function: Any) -> Any:
-    return examine.once(function, self.setup.mesh)
-
-  @functools.cached_property
-  def _fidelity(self) -> Any:
-    """Fidelity per class (C,), NaN of a class without a sample, and its mean, in which that counts as 0."""
-
-    def of_samples(predicted: jax.Array, exist: jax.Array) -> tuple[jax.Array, jax.Array]:
-      per_class = diagnostics.fidelity(predicted, exist)
-      return per_class, jnp.mean(jnp.nan_to_num(per_class))
-
-    return self._once(of_samples)
-
   @functools.cached_property
   def _probes(self) -> tuple[jax.Array, jax.Array]:
     """The probes of the run, and what the teacher says of them."""
-    images = self._once(examine.probes)(self.probe_key, self.test.images)
-    return images, self.teach(self.teacher.variables, images).labels
-
-  @functools.cached_property
-  def _pictures(self) -> Any:
-    card, (rows, columns) = self.teacher.card, examine.GRID
-    return self._once(lambda images: sources.stored(images[:rows, :columns], "uint8", card["mean"], card["std"]))
-
-  @functools.cached_property
-  def _of_student(self) -> Any:
-    return self._once(functools.partial(examine.of_student, num_classes=self.classes))
-
-  @functools.cached_property
-  def _of_samples(self) -> Any:
-    net = nets.deployed(self.setup.student.net, {})[0]
-    fixed = {"net": net, "num_classes": self.classes, "labelled": self.labelled}
-    return self._once(functools.partial(examine.of_samples, **fixed))
-
-  @functools.cached_property
-  def _of_terms(self) -> Any:
-    return examine.compile_terms(self.setup)
-
-  @functools.cached_property
-  def _rates(self) -> Any:
-    return self._once(functools.partial(experiment.learning_rates, self.c))
+    images = self.programs.probes(self.probe_key, self.test.images)
+    return images, self.programs.teach(self.teacher.variables, images).labels

@@ -23,6 +23,7 @@ from cpsc_jax.errors import Refusal
 Tree = Any
 
 VARIABLES = ("CPSC_JAX_COORDINATOR", "CPSC_JAX_PROCESSES", "CPSC_JAX_PROCESS")  # HOST:PORT, number, index from 0
+MEMBERS = "members"  # the axis of a mesh over which members of a sweep are split
 HEARTBEAT_SECONDS = 20  # after so long without a sign of life from one process, JAX ends them all
 
 
@@ -138,6 +139,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of the given devices, by default all, along one axis named "data"."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def members_mesh() -> Mesh:
+  """All devices along the axis MEMBERS; the axis "data" has size 1, so that each device has whole batches."""
+  devices = jax.devices()
+  return jax.make_mesh((len(devices), 1), (MEMBERS, "data"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def by_member(mesh: Mesh) -> NamedSharding:
+  """The sharding of a `members_mesh` that splits arrays along their first axis."""
+  return NamedSharding(mesh, PartitionSpec(MEMBERS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

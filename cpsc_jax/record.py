@@ -74,7 +74,7 @@ def earlier_results(workdir: pathlib.Path | None, config: Config) -> dict | None
       )
     return None
   if changed := differences(workdir, config, saved):
-    begun = (_read_origin(workdir) or {}).get("config")
+    begun = (read_origin(workdir) or {}).get("config")
     if begun and begun != _digest_of_config(saved):
       raise Refusal(
         f"{workdir / 'config.json'} was changed since the run was begun (it differs in {', '.join(changed)}); restore"
@@ -107,7 +107,7 @@ def differences(workdir: pathlib.Path, config: Config, saved: dict) -> list[str]
 
 def _same_teacher(workdir: pathlib.Path, config: Config) -> bool | None:
   """Whether the teacher that `config` names is the one that `workdir` was begun with; None where that is not known."""
-  begun = (_read_origin(workdir) or {}).get("teacher")
+  begun = (read_origin(workdir) or {}).get("teacher")
   begun = begun or (_read(workdir / "results.json", _DELETE_RESULTS) or {}).get("teacher", {}).get("digest")
   if not (begun and (pathlib.Path(config.teacher.checkpoint) / checkpoint.CARD).exists()):
     return None
@@ -146,7 +146,7 @@ def _claim(workdir: pathlib.Path, config: Config, held: contextlib.ExitStack) ->
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if is_primary():
-      held.enter_context(_lock(workdir / ".lock"))
+      held.enter_context(locked(workdir / ".lock"))
       earlier_results(workdir, config)  # another run may have begun there since that was asked
     if not (workdir / "config.json").exists():
       write_whole(workdir / "config.json", configs.dump(config).encode())
@@ -157,7 +157,7 @@ def _claim(workdir: pathlib.Path, config: Config, held: contextlib.ExitStack) ->
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
   """Holds a file for this process; the operating system, of a network's file server too, lets go of it when it dies.
 
   Raises:
@@ -197,7 +197,7 @@ def bind(workdir: pathlib.Path | None, origin: Mapping[str, str]) -> None:
 
 
 def _bind(workdir: pathlib.Path, origin: Mapping[str, str]) -> None:
-  begun = _read_origin(workdir) or {}
+  begun = read_origin(workdir) or {}
   known = {name: value for name, value in origin.items() if name in begun}
   if changed := checkpoint.changed_origin(begun, known):
     raise Refusal(
@@ -209,7 +209,12 @@ def _bind(workdir: pathlib.Path, origin: Mapping[str, str]) -> None:
     write_whole(workdir / "origin.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _read_origin(workdir: pathlib.Path) -> dict | None:
+def read_origin(workdir: pathlib.Path) -> dict | None:
+  """What `bind` has written of a folder: digests by the names in `checkpoint.ORIGIN`, and more; None without it.
+
+  Raises:
+    Refusal: it was changed since.
+  """
   path = workdir / "origin.json"
   origin = _read(path, _DELETE_ORIGIN)
   if origin is not None and origin.get(checkpoint.SEAL) != checkpoint.sealed(origin)[checkpoint.SEAL]:

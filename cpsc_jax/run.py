@@ -1,18 +1,45 @@
 """One run, top to bottom: teacher, training, results."""
 
+import contextlib
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 from cpsc_jax import algorithm, config, datasets, experiment, nets, record, schema, streams, tasks, teach
-from cpsc_jax.loop import Plan, train
+from cpsc_jax.loop import Outcome, Plan, train
 from cpsc_jax.measures import Measures
 from cpsc_jax.mesh import make_mesh, primary_first, replicated
 from cpsc_jax.progress import say
 from cpsc_jax.setup import Setup
+from cpsc_jax.state import State
 from cpsc_jax.streams import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+  """A run that is about to train.
+
+  Attributes:
+    config: as it runs.
+    workdir: its folder, or None.
+    setup, teacher, measures: what it trains with and is measured by.
+    plan, state: what `loop.train` takes.
+    results: what `record.begun` gave.
+    before: scores before the first epoch, where the task reports them.
+  """
+
+  config: config.Config
+  workdir: pathlib.Path | None
+  setup: Setup
+  teacher: teach.Teacher
+  measures: Measures
+  plan: Plan
+  state: State
+  results: dict
+  before: dict[str, float]
 
 
 def run(
@@ -23,6 +50,7 @@ def run(
   given: teach.Teacher | None = None,
   on_epoch: Callable[[dict], None] | None = None,
   command: Sequence[str] | None = None,
+  on_begun: Callable[["Begun"], None] | None = None,
 ) -> record.Finished:
   """Carries out a config and returns what came of it; with a `workdir`, everything is also written there.
 
@@ -34,6 +62,7 @@ def run(
     given: a teacher, in place of the config's.
     on_epoch: is called with every epoch's entry of the history.
     command: the words of the command line, for the record.
+    on_begun: is called with the run before it trains.
 
   Raises:
     Refusal: bad config, missing data, a teacher that does not fit, or a workdir that belongs to another config.
@@ -41,35 +70,59 @@ def run(
   started = time.monotonic() if started is None else started
   mesh, workdir = make_mesh(), None if workdir is None else pathlib.Path(workdir)
   data = data or datasets.find(c.dataset.name, c.dataset.data_dir)
-  card = given.card if given else teach.describe_teacher(c, data)
-  c = tasks.of(c).of_teacher(c, card)
-  c = config.resolve(c, data.spec, mesh, given.net if given else nets.classifier(card["net"], card["num_classes"]))
+  c, card = resolved(c, data, given)
   if results := record.earlier_results(workdir, c):
     say(f"{workdir} is finished already; delete it or choose another --workdir to run again.")
     return record.Finished(results)
   primary_first(data.require)
   with record.claimed(workdir, c):
-    return _carry_out(c, workdir, mesh, data, given, card, on_epoch, command, started)
+    with begun(c, workdir, mesh, data, given, card, on_epoch, command) as ready:
+      if on_begun:
+        on_begun(ready)
+      outcome = train(ready.plan, ready.state)
+    return ended(ready, outcome, started)
 
 
-def _carry_out(
+def resolved(c: config.Config, data: datasets.Data, given: teach.Teacher | None = None) -> tuple[config.Config, dict]:
+  """(the config that runs, its teacher's card), after all checks.
+
+  Raises:
+    Refusal: bad config, or a teacher that does not fit.
+  """
+  card = given.card if given else teach.describe_teacher(c, data)
+  c = tasks.of(c).of_teacher(c, card)
+  net = given.net if given else nets.classifier(card["net"], card["num_classes"])
+  return config.resolve(c, data.spec, make_mesh(), net), card
+
+
+@contextlib.contextmanager
+def begun(
   c: config.Config,
   workdir: pathlib.Path | None,
   mesh: jax.sharding.Mesh,
   data: datasets.Data,
   given: teach.Teacher | None,
   card: dict,
-  on_epoch: Callable[[dict], None] | None,
-  command: Sequence[str] | None,
-  started: float,
-) -> record.Finished:
-  """The work of `run`, in a workdir of its own; `card` is the teacher's."""
+  on_epoch: Callable[[dict], None] | None = None,
+  command: Sequence[str] | None = None,
+  like: Begun | None = None,
+) -> Iterator[Begun]:
+  """Makes a run ready to train within the block, in a workdir that is its own.
+
+  Args:
+    c: resolved.
+    card: the teacher's.
+    like: a run of the same data, nets and method, whose compiled programs this one shares.
+  """
   test = data.load_evaluation(c.evaluate.split)
   origin = {} if workdir is None else {"config": record.config_digest(workdir), "test_images": test.digest()}
   record.bind(workdir, origin)
   test = test.put(replicated(mesh))
   net = given.net if given else experiment.build_teacher(c, card)
-  setup = experiment.build(c, data.spec, net, card, mesh)
+  if like:
+    setup = dataclasses.replace(like.setup, weights=experiment.weights(c, like.setup.method))
+  else:
+    setup = experiment.build(c, data.spec, net, card, mesh)
   teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh, origin)
   origin["teacher"] = teacher.card.get("digest")
   record.bind(workdir, origin)
@@ -78,12 +131,11 @@ def _carry_out(
     origin |= real
   else:
     epoch, state = distillation(c, setup, teacher, data)
-  measures = Measures(c, setup, teacher, test)
+  measures = Measures(c, setup, teacher, test, like.measures.programs if like else None)
   say(measures.headline(state))
   accuracy, student = measures.teacher_accuracy, measures.student(state)
   results = record.begun(c, data, teacher, accuracy, student, len(test), command)
-  report = tasks.of(c).report
-  before = {name: float(score) for name, score in measures(state).items()} if report else {}
+  before = {name: float(score) for name, score in measures(state).items()} if tasks.of(c).report else {}
   with record.journal(workdir, results, setup, data.spec.num_classes) as journal:
     plan = Plan(
       title=c.arm,
@@ -102,9 +154,20 @@ def _carry_out(
       settings=dict(schema.flatten(c)),
       origin=origin,
     )
-    outcome = train(plan, state)
-  sheet, more = measures.sheet(outcome.state), report(c, setup, before, outcome.history) if report else {}
-  return record.finish(workdir, c, setup, teacher, results, outcome, sheet, started, more)
+    yield Begun(c, workdir, setup, teacher, measures, plan, state, results, before)
+
+
+def ended(run: Begun, outcome: Outcome, started: float, more: dict | None = None) -> record.Finished:
+  """What came of a run that has trained; with a workdir, everything is written there.
+
+  Args:
+    started: time.monotonic() at which the whole run began.
+    more: what results.json is to say in addition.
+  """
+  report = tasks.of(run.config).report
+  sheet = run.measures.sheet(outcome.state)
+  more = {**(report(run.config, run.setup, run.before, outcome.history) if report else {}), **(more or {})}
+  return record.finish(run.workdir, run.config, run.setup, run.teacher, run.results, outcome, sheet, started, more)
 
 
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:

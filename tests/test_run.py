@@ -385,7 +385,7 @@ def test_a_workdir_is_one_process_s_at_a_time(capsys, tmp_path, digits_dir, fini
   shutil.copytree(finished, workdir)
   (workdir / "results.json").unlink()
   hold = (
-    f"import pathlib, time; from cpsc_jax import record; held = record._lock(pathlib.Path({str(workdir / '.lock')!r}))"
+    f"import pathlib, time; from cpsc_jax import record; held = record.locked(pathlib.Path({str(workdir / '.lock')!r}))"
   )
   hold += "; held.__enter__(); print('held', flush=True); time.sleep(600)"
   with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
