@@ -435,6 +435,7 @@ def _about_teacher(config: Config, teacher: Teacher, accuracy: float) -> dict:
     "parameters": nets.count_parameters(teacher.variables["params"]),
     "accuracy": accuracy,
     "digest": teacher.card.get("digest"),
+    "seed": teacher.card.get("seed"),  # that it was trained with, if this program has trained it
     "checkpoint": config.teacher.checkpoint or "trained in this run",
   }
 

@@ -15,7 +15,7 @@ import pytest
 from cpsc_jax import environment
 from cpsc_jax.checkpoint import NOT_CHECKED, Checkpointer
 from cpsc_jax.errors import NonFiniteLoss, Preempted, Refusal
-from cpsc_jax.loop import Plan, not_finite_in, train
+from cpsc_jax.loop import Plan, not_finite_in, save, save_together, train, train_together
 from cpsc_jax.state import Losses
 
 ACCURACY = jnp.array([0.1, 0.5, 0.9, 0.7, 0.9, 0.3, 0.2])
@@ -319,3 +319,75 @@ def test_a_read_only_disk_is_refused(small_disk):
   subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
   with pytest.raises((Refusal, OSError), match="Read-only"):
     train(plan(small_disk), START)
+
+
+# Several runs of one program.
+
+
+def starts(number=3):
+  """Stacked states; run i is i epochs further and so ends elsewhere."""
+  return {
+    "count": jnp.arange(number, dtype=jnp.int32),
+    "x": jnp.ones((number, 2)) * jnp.arange(1.0, number + 1)[:, None],
+  }
+
+
+def together(tmp_path, bad=None, **options):
+  """(the plan of all, the plan of each) of three runs; the loss of run i is not finite in epoch bad - i."""
+  each = [dataclasses.replace(plan(tmp_path / f"run{i}", bad=bad, **options), title=f"run {i}") for i in range(3)]
+  epoch = jax.jit(jax.vmap(plan(None, bad=bad).epoch))
+  return dataclasses.replace(plan(tmp_path / "all", **options), epoch=epoch), each
+
+
+def alone(each, i):
+  return train(dataclasses.replace(each, workdir=None), jax.tree.map(lambda x: x[i], starts()))
+
+
+def test_runs_together_end_as_each_alone(tmp_path):
+  whole, each = together(tmp_path, epochs=4)
+  for i, outcome in enumerate(train_together(whole, each, starts())):
+    want = alone(each[i], i)
+    assert outcome.history == want.history and outcome.best_epoch == want.best_epoch
+    np.testing.assert_array_equal(outcome.state["x"], want.state["x"])
+    np.testing.assert_array_equal(outcome.best_variables, want.best_variables)
+    assert len(list((tmp_path / f"run{i}" / "events").iterdir())) == 1
+    assert not (tmp_path / f"run{i}" / "checkpoints").exists(), "what is resumed is all of them"
+
+
+def test_runs_together_are_resumed_together(tmp_path):
+  whole, each = together(tmp_path, epochs=2)
+  first = train_together(whole, each, starts())
+  whole, each = together(tmp_path, epochs=4)
+  for i, outcome in enumerate(train_together(whole, each, starts())):
+    want = alone(each[i], i)
+    assert outcome.history == want.history and outcome.earlier_seconds >= first[i].seconds * 0.5
+    np.testing.assert_array_equal(outcome.state["x"], want.state["x"])
+
+
+def test_a_run_that_is_not_finite_leaves_the_others_alone(tmp_path, capsys):
+  whole, each = together(tmp_path, bad=3, epochs=4)
+  states = {**starts(), "count": jnp.array([0, 3, 4], jnp.int32)}
+  for again in range(2):
+    failed, *others = train_together(whole, each, states)
+    assert isinstance(failed, NonFiniteLoss) and "run 0: the loss is not finite in epoch 3, step 2" in str(failed)
+    assert [len(outcome.history) for outcome in others] == [4, 4]
+    assert ("The other runs go on." in capsys.readouterr().out) != again, "the second time it is known already"
+
+
+def test_when_no_run_is_finite_it_is_over(tmp_path):
+  whole, each = together(tmp_path, bad=3, epochs=40)
+  outcomes = train_together(whole, each, {**starts(), "count": jnp.zeros(3, jnp.int32)})
+  assert all(isinstance(outcome, NonFiniteLoss) for outcome in outcomes)
+
+
+def test_a_run_goes_on_from_an_outcome_that_was_saved(tmp_path):
+  want, short = train(plan(None), START), train(plan(None, epochs=2), START)
+  save(plan(tmp_path), short)
+  got = train(plan(tmp_path), START)
+  assert got.history == want.history and got.best_epoch == want.best_epoch
+  whole, each = together(tmp_path, epochs=4)
+  first = [alone(dataclasses.replace(run, epochs=2), i) for i, run in enumerate(each)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *(outcome.state for outcome in first))
+  save_together(whole, each, stacked, first)
+  for i, outcome in enumerate(train_together(whole, each, starts())):
+    assert outcome.history == alone(each[i], i).history

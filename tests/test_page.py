@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_report import change, made_up
 
 from cpsc_jax import page, report
@@ -74,13 +75,16 @@ def wanted(source, folders):
         return arrays["norm_distance"].sum()
     case "gap":
       return 100 * (results[who]["teacher"]["accuracy"] - results[who]["student"][rest[0]]["accuracy"])
-    case "mean" | "paired":
+    case "mean" | "paired" | "interval":
       values = [at(results[name.split("-")[0]], rest[0]) for name in who.split(",")]
-      if kind == "paired":
+      if kind != "mean":
         values = [
           100 * (value - at(results[name.split("-")[1]], rest[0]))
           for value, name in zip(values, who.split(","), strict=True)
         ]
+      if kind == "interval":
+        ends = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+        return ends[int(rest[1])]
       return statistics.stdev(values) if rest[1:] else statistics.fmean(values)
   raise AssertionError(f"unknown source {source}")
 
@@ -275,6 +279,7 @@ def test_comparison(tmp_path, capsys):
   assert shown[f"{','.join(names[:3])} mean student.last.accuracy deviation"] == "3.00"
   pairs = ",".join(f"{a}-{b}" for a, b in zip(names[3:], names[:2], strict=True))
   assert shown[f"{pairs} paired student.last.accuracy"] == "-19.00"
+  assert shown[f"{pairs} interval student.last.accuracy 0"] == "-31.71", "12.71 standard errors of two pairs"
   assert "arm=untrained_generator" in read.text and len(read.tags["img"]) == 5
   assert not list(tmp_path.glob("*.partial"))
 

@@ -19,6 +19,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from cpsc_jax import paired
 from cpsc_jax.page import svg
 from cpsc_jax.page.words import SAMPLES, STUDENT
 
@@ -579,12 +580,20 @@ def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
   """Runs that differ in nothing but the seed, together."""
   groups: list[list[Run]] = []
   for run in runs:
-    same = next((group for group in groups if _settings(group[0]) == _settings(run)), None)
+    same = next((group for group in groups if _alike(group[0], run)), None)
     if same:
       same.append(run)
     else:
       groups.append([run])
   return groups
+
+
+def _alike(a: Run, b: Run) -> bool:
+  """Whether two runs differ in nothing but the seed, and in the teacher if each has that of its own seed."""
+  ours, theirs = _settings(a), _settings(b)
+  if all(run.results["teacher"].get("seed") == run.results["seed"] for run in (a, b)):
+    ours, theirs = ({**settings, "teacher.checkpoint": ""} for settings in (ours, theirs))
+  return ours == theirs
 
 
 def _group_table(groups: Sequence[Sequence[Run]]) -> Table:
@@ -600,9 +609,10 @@ def _group_table(groups: Sequence[Sequence[Run]]) -> Table:
     cells: list[Any] = [_group_name(group, groups), len(group)]
     cells += [_mean_of(group, path) for path in columns.values()]
     pairs = [(run, base[run.results["seed"]]) for run in group if run.results["seed"] in base]
-    cells.append("" if group is groups[0] or not pairs else _paired(pairs))
+    cells += ["", ""] if group is groups[0] or not pairs else [_paired(pairs), _interval(pairs)]
     rows.append(cells)
-  return {"heads": ["", "seeds", *columns, "paired difference"], "rows": rows}
+  interval = f"{paired.CONFIDENCE:.0%} interval".replace("%", " %")
+  return {"heads": ["", "seeds", *columns, "paired difference", interval], "rows": rows}
 
 
 def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]]) -> str:
@@ -628,9 +638,24 @@ def _mean_of(group: Sequence[Run], path: str) -> Markup:
 
 
 def _paired(pairs: Sequence[tuple[Run, Run]]) -> Markup:
-  gaps = [100 * (a.results["student"]["last"]["accuracy"] - b.results["student"]["last"]["accuracy"]) for a, b in pairs]
-  names = ",".join(f"{a.name}-{b.name}" for a, b in pairs)
+  gaps, names = _gaps(pairs)
   return _mean_and_deviation(gaps, f"{names} paired student.last.accuracy", 0.01, "+.2f")
+
+
+def _interval(pairs: Sequence[tuple[Run, Run]]) -> Markup:
+  """The confidence interval of the mean paired difference; nothing of a single pair."""
+  gaps, names = _gaps(pairs)
+  ends = paired.interval(gaps)
+  if ends is None:
+    return Markup("")
+  shown = [number(end, f"{names} interval student.last.accuracy {place}", "+.2f") for place, end in enumerate(ends)]
+  return Markup("{} to {}").format(*shown)
+
+
+def _gaps(pairs: Sequence[tuple[Run, Run]]) -> tuple[list[float], str]:
+  """The differences in accuracy at the last epoch, in points, and the names of the runs, for the source."""
+  gaps = [100 * (a.results["student"]["last"]["accuracy"] - b.results["student"]["last"]["accuracy"]) for a, b in pairs]
+  return gaps, ",".join(f"{a.name}-{b.name}" for a, b in pairs)
 
 
 def _mean_and_deviation(values: Sequence[float], source: str, points: float, form: str) -> Markup:

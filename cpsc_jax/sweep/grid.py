@@ -101,7 +101,7 @@ def parse(text: str, config: ml_collections.ConfigDict) -> tuple[Axis, ...]:
 def _check_key(name: str, config: ml_collections.ConfigDict) -> None:
   flat = dict(schema.flatten(config))
   if name not in flat:
-    near = difflib.get_close_matches(name, flat, 1, 0.5)
+    near = [key for key in flat if key.endswith(f".{name}")] or difflib.get_close_matches(name, flat, 1, 0.5)
     section = [key for key in flat if key.startswith(f"{name}.")]
     hint = f" (it is a section; did you mean '{section[0]}'?)" if section else ""
     hint = hint or (f" (did you mean '{near[0]}'?)" if near else "")
@@ -226,10 +226,14 @@ def _named(
     changes = _changes(values, config)
     if _key(changes) in each:
       continue
-    name = "_".join(f"{short[key]}={value}" for key, value in changes.items()) or BASE
+    name = "_".join(f"{short[key]}={_shown(value)}" for key, value in changes.items()) or BASE
     name = re.sub(r"[^A-Za-z0-9=._-]+", "-", name)
     if len(name) > LONGEST_NAME or name in {point.name for point in each.values()}:
       digest = hashlib.sha256(repr(_key(changes)).encode()).hexdigest()[:8]
       name = f"{name[: LONGEST_NAME - 9]}-{digest}"
     each[_key(changes)] = Point(name, changes)
   return list(each.values())
+
+
+def _shown(value: Value) -> str:
+  return f"{value:g}" if isinstance(value, float) else str(value)

@@ -52,10 +52,10 @@ def planned(search: str, budget: int, seeds: int, epochs: int, least: int = 1) -
   number = 1
   while seeds * cost(of(number + 1)) <= budget:
     number += 1
-  needed = 2 if search == "random" else KEPT ** (len(ends) - 1)
-  if number < needed:
+  needed = 2 if search == "random" else KEPT
+  if number < needed or seeds * cost(of(number)) > budget:
     raise Refusal(
-      f"--budget is {budget}, which is {number} point(s) with {seeds} seed(s) each, and --search {search} of"
-      f" {epochs} epochs needs {needed}; give at least {math.ceil(seeds * cost(of(needed)))}, or fewer --seeds."
+      f"--budget is {budget}, too little for the {needed} points that --search {search} needs at least, with {seeds}"
+      f" seed(s) each; give {math.ceil(seeds * cost(of(needed)))} or more, or fewer --seeds."
     )
   return of(number)

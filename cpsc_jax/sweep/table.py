@@ -1,30 +1,16 @@
 """What came of a sweep, point by point: means over seeds, and differences to the base, paired by seed."""
 
 import json
-import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy import stats
-
 from cpsc_jax import report
+from cpsc_jax.paired import interval
 from cpsc_jax.record import write_whole
 from cpsc_jax.sweep.grid import BASE
 from cpsc_jax.sweep.members import Member
-
-CONFIDENCE = 0.95
-
-
-def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-  """The confidence interval of the mean of paired differences, by Student's t; None of fewer than two."""
-  number = len(differences)
-  if number < 2:
-    return None
-  half = stats.t.ppf((1 + confidence) / 2, number - 1) * statistics.stdev(differences) / math.sqrt(number)
-  mean = statistics.fmean(differences)
-  return float(mean - half), float(mean + half)
 
 
 def rows(members: Sequence[Member]) -> list[dict[str, Any]]:
