@@ -262,13 +262,18 @@ def begun(
 
 
 @contextlib.contextmanager
-def journal(workdir: pathlib.Path | None, results: dict, setup: Setup, num_classes: int) -> Iterator["Journal | None"]:
-  """The run's `Journal`, None without a workdir; a page that is being written at the end of the block is completed."""
+def journal(
+  workdir: pathlib.Path | None, results: dict, setup: Setup, num_classes: int, pages: bool = True
+) -> Iterator["Journal | None"]:
+  """The run's `Journal`, None without a workdir; a page that is being written at the end of the block is completed.
+
+  `pages` is whether there is a page before the end.
+  """
   if workdir is None:
     yield None
     return
   with futures.ThreadPoolExecutor(1, "cpsc_jax page") as threads:
-    yield Journal(workdir, results, setup, num_classes, threads)
+    yield Journal(workdir, results, setup, num_classes, threads if pages else None)
 
 
 class Journal:
@@ -277,8 +282,10 @@ class Journal:
   It is called as `cpsc_jax.loop.Plan.journal`; the page is written by one of `threads`, beside the training.
   """
 
-  def __init__(self, workdir: pathlib.Path, results: dict, setup: Setup, num_classes: int, threads: futures.Executor):
-    """`results` is what `begun` gave."""
+  def __init__(
+    self, workdir: pathlib.Path, results: dict, setup: Setup, num_classes: int, threads: futures.Executor | None
+  ):
+    """`results` is what `begun` gave. Without threads there are no pages."""
     self._workdir, self._results, self._classes, self._threads = workdir, results, num_classes, threads
     self._terms = list(setup.method.generator_terms) if setup.generator else []
     self._writing: futures.Future | None = None
@@ -289,7 +296,7 @@ class Journal:
       path = diagnosis_of(self._workdir, history[-1]["epoch"])
       path.parent.mkdir(exist_ok=True)
       save_arrays(path, **self._named(arrays))
-    idle = self._writing is None or self._writing.done()
+    idle = self._threads and (self._writing is None or self._writing.done())
     if "accuracy" in history[-1] and idle and time.monotonic() - self._wrote >= SECONDS_BETWEEN_PAGES:
       self._wrote = time.monotonic()
       self._writing = self._threads.submit(self._write_page, list(history))

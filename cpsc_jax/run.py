@@ -106,6 +106,7 @@ def begun(
   on_epoch: Callable[[dict], None] | None = None,
   command: Sequence[str] | None = None,
   like: Begun | None = None,
+  pages: bool = True,
 ) -> Iterator[Begun]:
   """Makes a run ready to train within the block, in a workdir that is its own.
 
@@ -113,6 +114,7 @@ def begun(
     c: resolved.
     card: the teacher's.
     like: a run of the same data, nets and method, whose compiled programs this one shares.
+    pages: whether the run's page is written while it goes on.
   """
   test = data.load_evaluation(c.evaluate.split)
   origin = {} if workdir is None else {"config": record.config_digest(workdir), "test_images": test.digest()}
@@ -136,7 +138,7 @@ def begun(
   accuracy, student = measures.teacher_accuracy, measures.student(state)
   results = record.begun(c, data, teacher, accuracy, student, len(test), command)
   before = {name: float(score) for name, score in measures(state).items()} if tasks.of(c).report else {}
-  with record.journal(workdir, results, setup, data.spec.num_classes) as journal:
+  with record.journal(workdir, results, setup, data.spec.num_classes, pages) as journal:
     plan = Plan(
       title=c.arm,
       epoch=epoch,

@@ -37,6 +37,34 @@ def test_the_first_call_on_a_gpu_goes_through_on_a_cpu(tmp_path):
   )
 
 
+@pytest.mark.slow
+def test_the_sides_of_a_sweep_are_timed_and_compared(digits_dir, tmp_path, capsys):
+  sweep = pytest.importorskip("benchmarks.sweep")
+  flags = ["--config=digits:smoke", "--grid=student.lr=0.2", "--seeds=1", "--rounds=1"]
+  assert sweep.main([*flags, f"--config.dataset.data_dir={digits_dir}", f"--out={tmp_path / 'out.json'}"]) == 0
+  row = json.loads((tmp_path / "out.json").read_text())
+  assert row["members"] == 2 and row["together"] == [2] and row["ratio"] > 0
+  assert row["differences"]["losses of the first epoch"] < 1e-3
+  assert sweep.main([*flags, "--config.student.rl=1"]) == 2 and sweep.main([*flags, "--speed"]) == 2
+  said = capsys.readouterr().err
+  assert "a sweep failed with 2: cpsc_jax: the config has no key 'student.rl'" in said and "--speed is not an" in said
+
+
+def test_the_differences_of_sweeps_are_those_of_their_members(tmp_path):
+  sweep = pytest.importorskip("benchmarks.sweep")
+  from cpsc_jax.errors import Refusal
+
+  for side, accuracy, total in (("a", 0.9, 2.0), ("b", 0.8, 2.1)):
+    folder = tmp_path / side / "members" / "base-0"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"student": {"last": {"accuracy": accuracy}}}))
+    (folder / "history.json").write_text(json.dumps({"student": [{"totals": {"student": total}}]}))
+  found = sweep.differences(tmp_path / "a", tmp_path / "b")
+  assert found == pytest.approx({"accuracy": 0.1, "losses of the first epoch": 0.05})
+  with pytest.raises(Refusal, match="different members"):
+    sweep.differences(tmp_path / "a", tmp_path / "none")
+
+
 def test_busy_time_is_the_union_of_what_overlaps():
   busy = pytest.importorskip("benchmarks.busy")
   assert busy.union([(4, 5), (0, 2), (1, 3), (1.5, 2.5), (5, 6)]) == 5

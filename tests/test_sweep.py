@@ -218,6 +218,9 @@ def test_checks_come_before_any_work(config, tmp_path):
   refused("point norm_parts=3: config.student.norm_parts is 3", grids=("student.norm_parts=3",))
   reference = digits.get_config("smoke")
   reference.reference = True
+  given = digits.get_config("smoke")
+  given.teacher.checkpoint = str(tmp_path)
+  refused("names a teacher that is trained already", config=given, grids=("teacher.lr=0.1,0.2",))
   refused("base and scl=0 are the same run", config=reference)
   found = work.checked(dataclasses.replace(sweep, search="random", budget=4))
   assert found.sweep.config.evaluate.split == "validation" and config.evaluate.split == "test"

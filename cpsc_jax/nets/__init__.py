@@ -7,7 +7,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -189,8 +189,18 @@ def _fresh(net, key, *inputs):
   # By itself it runs once, and on CPUs most of its time would go into LLVM's optimisation.
   once = jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (key, *inputs))
   options = {"xla_backend_optimization_level": 0} if once else None
-  variables = jax.jit(partial(net.init, train=True), compiler_options=options)(_init_rngs(key), *inputs)
+  try:
+    begin = _init_of(net)
+  except TypeError:  # a user's net with fields that cannot be hashed
+    begin = partial(net.init, train=True)
+  variables = jax.jit(begin, compiler_options=options)(_init_rngs(key), *inputs)
   return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+
+
+@lru_cache(maxsize=64)
+def _init_of(net: nn.Module) -> Callable[..., Tree]:
+  """The same function for equal nets, by which JAX knows that it is compiled."""
+  return partial(net.init, train=True)
 
 
 def inherited(variables: Tree, teacher: Tree) -> tuple[Tree, int]:

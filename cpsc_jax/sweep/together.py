@@ -34,36 +34,45 @@ class Program:
   """The epoch of several runs as one program.
 
   Attributes:
-    state: the runs' initial states, stacked.
-    stacked: as many trees as there are runs -> one, with the runs along the first axis of every array.
-    epoch: stacked state -> (stacked state, losses (members, iterations, steps)). The state is donated.
     needed: bytes on each device.
   """
 
   def __init__(self, setup: Setup, iterations: int, states: Sequence[State], teachers: Sequence[Tree]):
-    """`teachers` are the variables of each run's teacher; or of the one that all of them have.
+    """`states` are the runs' initial ones, `teachers` the variables of each one's teacher; or of the one that all have.
 
     Where the runs are no multiple of the devices, copies of the last one fill them.
     """
     split, whole = by_member(setup.mesh), replicated(setup.mesh)
-    filled = -len(states) % setup.mesh.shape[MEMBERS]
-    shared = len(teachers) == 1
-    stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=split)
-    self.stacked = lambda trees: stack([*trees, *[trees[-1]] * filled])
-    self.state = self.stacked(states)
-    self._teacher = teachers[0] if shared else self.stacked(teachers)
+    self._filled, shared = -len(states) % setup.mesh.shape[MEMBERS], len(teachers) == 1
+    self._stack = jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=split)
+    self._states, self._teachers = states, teachers
     together = jax.vmap(algorithm.epoch(setup, iterations), in_axes=(0, None if shared else 0), spmd_axis_name=MEMBERS)
     compiled = jax.jit(
       together, in_shardings=(split, whole if shared else split), out_shardings=(split, split), donate_argnums=0
     )
+    shapes = [jax.eval_shape(self._stack, self._whole(trees)) for trees in (states, teachers)]
+    if shared:
+      shapes[1] = teachers[0]
     with working(f"compiling the program of {len(states)} members"):
-      self._program = compiled.lower(self.state, self._teacher).compile()
+      self._program = compiled.lower(*shapes).compile()
     memory = self._program.memory_analysis()
     # Arguments are donated, so that results lie in their place.
     self.needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-  def epoch(self, state: State) -> tuple[State, dict]:
-    return self._program(state, self._teacher)
+  def _whole(self, trees: Sequence[Tree]) -> list[Tree]:
+    return [*trees, *[trees[-1]] * self._filled]
+
+  def stacked(self, trees: Sequence[Tree]) -> Tree:
+    """What belongs to each run -> one tree, with the runs along the first axis of every array."""
+    return self._stack(self._whole(trees))
+
+  def loaded(self) -> tuple[State, Callable[[State], tuple[State, dict]]]:
+    """(the initial states, stacked; stacked state -> (stacked state, losses (members, iterations, steps))).
+
+    The epoch consumes its argument.
+    """
+    teacher = self._teachers[0] if len(self._teachers) == 1 else self.stacked(self._teachers)
+    return self.stacked(self._states), lambda state: self._program(state, teacher)
 
 
 def with_rates(state: State, config: Config, first: Config) -> State:
@@ -115,7 +124,8 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
           net = experiment.build_teacher(c, card)
           teachers[c.teacher.checkpoint] = teach.obtain_teacher(c, net, card, data, None, None, mesh, {})
         given, like = teachers[c.teacher.checkpoint], runs[0] if runs else None
-        ready = run.begun(c, member.workdir, mesh, data, given, card, command=member.command, like=like)
+        options = {"command": member.command, "like": like, "pages": False}
+        ready = run.begun(c, member.workdir, mesh, data, given, card, **options)
         runs.append(journals.enter_context(ready))
       first = runs[0]
       states = [with_rates(each.state, each.config, first.config) for each in runs]
@@ -127,7 +137,8 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
         return Program(first.setup, first.config.schedule.iterations, states[:number], taught)
 
       number, program = (len(runs), build(len(runs))) if whole else fitting(len(runs), build)
-      runs, members, states = runs[:number], members[:number], []
+      runs, members = runs[:number], members[:number]
+      state, epoch = program.loaded()
       folder = folder_of(root, members)
       folder.mkdir(parents=True, exist_ok=True)
       write_whole(folder / GROUP, (json.dumps([member.name for member in members]) + "\n").encode())
@@ -135,17 +146,15 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
       plan = dataclasses.replace(
         first.plan,
         title=f"{number} members",
-        epoch=program.epoch,
+        epoch=epoch,
         workdir=folder,
         origin=origin,
         journal=None,
         settings={},
       )
       plans = [dataclasses.replace(each.plan, title=member.name) for each, member in zip(runs, members, strict=True)]
-      state, program.state = program.state, None
       if earlier := [ended_before(member, each) for member, each in zip(members, runs, strict=True) if member.earlier]:
-        hypers = [with_rates(each.state, each.config, first.config).hyper for each in runs]
-        went_on = [out.state.replace(hyper=hyper) for out, hyper in zip(earlier, hypers, strict=True)]
+        went_on = [out.state.replace(hyper=begin.hyper) for out, begin in zip(earlier, states, strict=False)]
         loop.save_together(plan, plans, program.stacked(went_on), earlier)
       preparing = (time.monotonic() - began) / number
       outcomes = loop.train_together(plan, plans, state)
@@ -199,8 +208,11 @@ class Rehearsal:
   compiling: float
 
 
-def rehearsed(c: Config, card: dict, data: Data, number: int) -> Rehearsal:
-  """The costs of `number` members of a resolved config, or of as many as fit, on random weights."""
+def rehearsed(c: Config, card: dict, data: Data, number: int, teachers: bool) -> Rehearsal:
+  """The costs of `number` members of a resolved config, or of as many as fit, on random weights.
+
+  `teachers` is whether they have several of them.
+  """
   mesh, began = members_mesh(), time.monotonic()
   net, key = experiment.build_teacher(c, card), streams.root(c.seed)
   image = jnp.zeros((2, *data.spec.image_shape))
@@ -209,11 +221,12 @@ def rehearsed(c: Config, card: dict, data: Data, number: int) -> Rehearsal:
   state = experiment.initial_state(c, setup, key, data.spec.image_shape, variables)
 
   def build(number: int) -> Program:
-    return Program(setup, 1, [state] * number, [variables])
+    return Program(setup, 1, [state] * number, [variables] * (number if teachers else 1))
 
   number, program = fitting(number, build)
   compiling = time.monotonic() - began
-  state, _ = jax.block_until_ready(program.epoch(program.state))
+  state, epoch = program.loaded()
+  state, _ = jax.block_until_ready(epoch(state))
   began = time.monotonic()
-  jax.block_until_ready(program.epoch(state))
+  jax.block_until_ready(epoch(state))
   return Rehearsal(number, time.monotonic() - began, program.needed / 2**20, compiling)

@@ -33,6 +33,7 @@ from cpsc_jax.sweep.search import Rung
 
 SWEEP = "sweep.json"
 MOST_MEMBERS = 10_000
+LARGEST_GROUP = 64  # members that are begun at a time, of which as many train together as fit
 VALIDATION = {"evaluate.split": "validation"}
 # What a sweep may be resumed with another value of.
 FREE = ("dataset.data_dir", "evaluate.diagnostics_every", "evaluate.gradients")
@@ -122,6 +123,12 @@ def checked(sweep: Sweep) -> Checked:
 
 def _planned(sweep: Sweep, grids: Sequence[Sequence[grid.Axis]]) -> tuple[list[Rung], list[Point]]:
   config, keys = sweep.config, {key for axes in grids for axis in axes for key in axis.keys}
+  training = sorted(key for key in keys if key.startswith("teacher.") and key != "teacher.checkpoint")
+  if training and config.teacher.checkpoint:
+    raise Refusal(
+      f"--grid varies {training[0]}, but config.teacher.checkpoint names a teacher that is trained already; leave one"
+      " of the two out."
+    )
   if sweep.search == "grid":
     if sweep.budget:
       raise Refusal("--budget is for a search, and a grid has as many members as it has; add --search random.")
@@ -262,7 +269,7 @@ def trained(of: Checked, each: Sequence[Member]) -> Iterator[Sequence[Member]]:
       groups.setdefault(of.programs[member.point.name] or member.name, []).append(member)
   for group in groups.values():
     while len(group) > 1 and of.sweep.most != 1:
-      taken = together.carry_out(group[: of.sweep.most or None], root, of.data)
+      taken = together.carry_out(group[: of.sweep.most or LARGEST_GROUP], root, of.data)
       shutil.rmtree(together.folder_of(root, taken))
       yield taken
       group = group[len(taken) :]
@@ -370,17 +377,16 @@ def plan_text(of: Checked) -> str:
     groups.setdefault(of.programs[member.point.name] or member.name, []).append(member)
   iterations = sweep.config.schedule.iterations
   for group in groups.values():
+    names, digest = ", ".join(member.name for member in group), of.programs[group[0].point.name]
     waiting = [member for member in group if not member.done]
-    c, card = run.resolved(of_point(sweep.config, group[0].point, group[0].seed), of.data)
-    size = 1 if sweep.most == 1 or not of.programs[group[0].point.name] else len(waiting)
-    found = together.rehearsed(c, card, of.data, min(size, sweep.most or size)) if waiting else None
-    names = ", ".join(member.name for member in group)
-    if not found:
-      lines.append(f"  done already: {names}")
+    if not waiting or not digest:
+      lines.append(f"  {'alone, in a time that is not predicted' if waiting else 'done already'}: {names}")
       continue
+    c, card = run.resolved(of_point(sweep.config, group[0].point, group[0].seed), of.data)
+    size = min(sweep.most or LARGEST_GROUP, len(waiting))
+    found = together.rehearsed(c, card, of.data, size, len({m.config.teacher.checkpoint for m in waiting}) > 1)
     calls = -(-len(waiting) // found.number)
-    epochs = of.rungs[0].epochs
-    seconds = calls * (found.seconds * iterations * epochs) + found.compiling
+    seconds = calls * (found.seconds * iterations * of.rungs[0].epochs) + found.compiling
     total += seconds
     how = f"{found.number} in a program of {found.mib:,.0f} MiB" if found.number > 1 else "one after another"
     lines.append(

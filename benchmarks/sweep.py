@@ -1,0 +1,132 @@
+"""Members of a sweep in one program against the same members one after another, alternating, in one run.
+
+  python -m benchmarks.sweep [--config digits] [--grid 'loss.generator.scl=0.35,1.4'] [--seeds 5] [--rounds 3]
+    [--out FILE.json] [--config.KEY=VALUE ...]
+
+A side is the command `cpsc-jax sweep` in a process of its own, with --together 0 or --together 1, on all cores that it
+may use. A round before the others trains the teachers, which all sides are then given, and fills the cache of
+compiled programs; its times are written down and not counted. `ratio` is the median time together over the median one
+after another, from the beginning of the command to its end. `differences` are those of the two sides' members: the
+largest in accuracy at the last epoch, and in the losses of the first epoch, relative.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from cpsc_jax.environment import hardware
+from cpsc_jax.errors import Refusal
+from cpsc_jax.record import write_whole
+
+SIDES = {"together": 0, "alone": 1}
+
+
+def timed(workdir: pathlib.Path, most: int, flags: Sequence[str], teachers: pathlib.Path | None) -> float:
+  """Seconds of one sweep, with at most `most` members in a program (0: any number); `teachers` are those it is given.
+
+  Raises:
+    Refusal: the sweep failed; its last line is quoted.
+  """
+  if teachers:
+    shutil.copytree(teachers, workdir / "teachers")
+  command = [sys.executable, "-m", "cpsc_jax.sweep", *flags, f"--workdir={workdir}", f"--together={most}"]
+  began = time.monotonic()
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise Refusal(f"a sweep failed with {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+  return time.monotonic() - began
+
+
+def members(workdir: pathlib.Path) -> dict[str, tuple[dict, list[dict]]]:
+  """{member: (results, history of the student)} of a finished sweep."""
+  folders = sorted(path.parent for path in (workdir / "members").glob("*/results.json"))
+  return {
+    folder.name: (
+      json.loads((folder / "results.json").read_text()),
+      json.loads((folder / "history.json").read_text())["student"],
+    )
+    for folder in folders
+  }
+
+
+def differences(one: pathlib.Path, other: pathlib.Path) -> dict[str, float]:
+  """How far the members of two sweeps are apart.
+
+  Raises:
+    Refusal: they have not the same members.
+  """
+  ours, theirs = members(one), members(other)
+  if ours.keys() != theirs.keys() or not ours:
+    raise Refusal(f"the sweeps have different members: {', '.join(sorted(ours.keys() ^ theirs.keys())) or 'none'}.")
+  accuracies, losses = [0.0], [0.0]
+  for name, (results, history) in ours.items():
+    its_results, its_history = theirs[name]
+    last = [each["student"]["last"]["accuracy"] for each in (results, its_results)]
+    accuracies.append(abs(last[0] - last[1]))
+    for player, total in history[0]["totals"].items():
+      losses.append(abs(total - its_history[0]["totals"][player]) / abs(total))
+  return {"accuracy": max(accuracies), "losses of the first epoch": max(losses)}
+
+
+def measure(flags: Sequence[str], rounds: int, folder: pathlib.Path) -> dict:
+  """Carries out all rounds in `folder`; returns what the benchmark reports."""
+  first = {side: folder / "first" / side for side in SIDES}
+  cold = {"together": timed(first["together"], SIDES["together"], flags, None)}
+  teachers = first["together"] / "teachers"
+  teachers = teachers if teachers.exists() else None
+  cold["alone"] = timed(first["alone"], SIDES["alone"], flags, teachers)
+  seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+  for number in range(rounds):
+    for side, most in sorted(SIDES.items(), reverse=bool(number % 2)):
+      seconds[side].append(timed(folder / str(number) / side, most, flags, teachers))
+      print(f"round {number + 1}, {side}: {seconds[side][-1]:.1f} s", flush=True)
+  medians = {side: statistics.median(values) for side, values in seconds.items()}
+  found = members(first["together"])
+  return {
+    "flags": list(flags),
+    "members": len(found),
+    "together": sorted({results.get("together", 1) for results, _ in found.values()}),
+    "seconds": seconds,
+    "first": cold,
+    "ratio": medians["together"] / medians["alone"],
+    "differences": differences(first["together"], first["alone"]),
+    "cores": len(os.sched_getaffinity(0)),
+    "hardware": hardware(),
+  }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0], allow_abbrev=False
+  )
+  parser.add_argument("--config", default="digits", help="(default: %(default)s)")
+  parser.add_argument("--grid", default="loss.generator.scl=0.35,1.4", help="(default: %(default)s)")
+  parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
+  parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+  parser.add_argument("--out", type=pathlib.Path, help="a file for the numbers")
+  options, rest = parser.parse_known_args(argv)
+  try:
+    if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
+      raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
+    flags = [f"--config={options.config}", f"--grid={options.grid}", f"--seeds={options.seeds}", *rest]
+    with tempfile.TemporaryDirectory() as folder:
+      row = measure(flags, options.rounds, pathlib.Path(folder))
+  except Refusal as refusal:
+    print(f"benchmarks.sweep: {refusal}", file=sys.stderr)
+    return 2
+  print(json.dumps(row, indent=2))
+  if options.out:
+    write_whole(options.out, (json.dumps(row, indent=2) + "\n").encode())
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
