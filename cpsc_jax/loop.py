@@ -167,7 +167,7 @@ def _train(plan: Plan, runs: _Runs, state: Tree) -> list[Outcome | NonFiniteLoss
   earlier_seconds, environments = 0.0, []
 
   with _checkpoints(plan) as checkpointer:
-    restored = checkpointer and _restore(plan, checkpointer, {"state": state, "best": runs.joined(best)})
+    restored = checkpointer and _restore(plan, runs, checkpointer, {"state": state, "best": runs.joined(best)})
     if restored:
       tree, record = restored
       state, best, histories = tree["state"], runs.apart(tree["best"]), runs.apart(record["history"])
@@ -415,12 +415,13 @@ def _checkpoints(plan: Plan) -> Iterator[Checkpointer | None]:
       checkpointer.close()
 
 
-def _restore(plan: Plan, checkpointer: Checkpointer, like: Tree) -> tuple[Tree, dict] | None:
+def _restore(plan: Plan, runs: _Runs, checkpointer: Checkpointer, like: Tree) -> tuple[Tree, dict] | None:
   with working(f"{plan.title}: reading the last checkpoint"):
     restored = checkpointer.restore(like)
   if restored:
     record = restored[1]
-    say(f"{plan.title}: resuming after epoch {len(record['history'])} of {plan.epochs}")
+    done = max(map(len, runs.apart(record["history"])))
+    say(f"{plan.title}: resuming after epoch {done} of {plan.epochs}")
     if changed := environment.changes(record["environments"][-1], environment.describe()):
       say(f"{plan.title}: {changed}; the end will not be bit-identical to that of an uninterrupted run")
   return restored

@@ -354,7 +354,7 @@ def test_runs_together_end_as_each_alone(tmp_path):
     assert not (tmp_path / f"run{i}" / "checkpoints").exists(), "what is resumed is all of them"
 
 
-def test_runs_together_are_resumed_together(tmp_path):
+def test_runs_together_are_resumed_together(tmp_path, capsys):
   whole, each = together(tmp_path, epochs=2)
   first = train_together(whole, each, starts())
   whole, each = together(tmp_path, epochs=4)
@@ -362,6 +362,7 @@ def test_runs_together_are_resumed_together(tmp_path):
     want = alone(each[i], i)
     assert outcome.history == want.history and outcome.earlier_seconds >= first[i].seconds * 0.5
     np.testing.assert_array_equal(outcome.state["x"], want.state["x"])
+  assert "test: resuming after epoch 2 of 4" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_finite_leaves_the_others_alone(tmp_path, capsys):

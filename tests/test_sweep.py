@@ -378,21 +378,22 @@ def test_members_together_agree_with_runs_alone_and_are_resumed(tmp_path, digits
 
 
 @pytest.mark.slow
-def test_successive_halving_goes_on_from_the_rung_before(tmp_path, digits_dir, finished, capsys):
-  given = f"--config.teacher.checkpoint={finished / 'teacher'}"
-  flags = (digits_dir, given, "--config.schedule.epochs=4", "--search=halving", "--seeds=1", "--budget=9")
-  assert swept(tmp_path, *flags, "--grid", "student.lr=log(0.001..0.5)") == 2
-  assert "the validation part included" in capsys.readouterr().err, "the teacher has seen it"
-  del given
-  flags = (digits_dir, *flags[2:])
+def test_successive_halving_goes_on_from_the_rung_before(tmp_path, digits_dir, capsys):
+  flags = (digits_dir, "--config.schedule.epochs=4", "--search=halving", "--seeds=1", "--budget=2")
   assert swept(tmp_path, *flags, "--grid", "student.lr=log(0.001..0.5)") == 0
   said = capsys.readouterr().out
-  assert "a search chooses on a part held out" in said and "rung 2 of 2" in said
-  (last,) = [path for path in (tmp_path / "members").iterdir() if (path / "results.json").exists()][:1]
-  first = tmp_path / "rungs" / "2" / last.name
-  histories = [json.loads((folder / "history.json").read_text())["student"] for folder in (first, last)]
-  assert len(histories[0]) == 2 and histories[1][:2] == histories[0] and len(histories[1]) == 4
+  assert "a search chooses on a part held out" in said and "rung 1 of 3, 1 epochs: 5 points" in said
+  assert len(list((tmp_path / "rungs" / "1").iterdir())) == 5
+  (last,) = (tmp_path / "members").iterdir()
+  short, middle = (tmp_path / "rungs" / epochs / last.name for epochs in ("1", "2"))
+  histories = [json.loads((folder / "history.json").read_text())["student"] for folder in (short, middle, last)]
+  assert [len(history) for history in histories] == [1, 2, 4]
+  assert histories[1][:1] == histories[0] and histories[2][:2] == histories[1]
+  best = max(json.loads((tmp_path / "table_1.json").read_text())["points"], key=lambda row: row["mean"])
+  assert last.name == f"{best['point']}-0"
   assert report.read_results(last)["evaluation"]["split"] == "validation"
+  config = json.loads((last / "config.json").read_text())
+  assert config["schedule"]["epochs"] == 4 and config["schedule"]["horizon"] == 0
 
 
 @pytest.mark.slow
