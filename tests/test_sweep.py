@@ -11,7 +11,7 @@ from parity import assert_trees_close
 from scipy import stats
 from test_page import write_run
 
-from cpsc_jax import checksums, datasets, initial, paired, report, run
+from cpsc_jax import datasets, initial, paired, report, run
 from cpsc_jax.__main__ import main as command
 from cpsc_jax.errors import NonFiniteLoss, Refusal
 from cpsc_jax.main import main
@@ -307,7 +307,8 @@ def test_rows_pair_by_seed_and_name_what_failed_or_waits(tmp_path):
   assert two["difference"] == pytest.approx(0.02) and two["pairs"] == 2 and two["waiting"] == [2]
   assert two["interval"] == pytest.approx(list(stats.ttest_1samp([0.01, 0.03], 0).confidence_interval(0.95)))
   assert nine["failed"] == {"0": "not finite"} and nine["mean"] is None and not nine["waiting"]
-  text = table.write(tmp_path, "table", found, {"title": "a sweep", "notes": []}, page=True)
+  about = {"title": "a sweep", "notes": [], "search": "grid"}
+  text = table.write(tmp_path, "table", found, about, page=True)
   assert "| scl=2 | 2 | 0.9400 | 0.0424 | +0.0200 [-0.1071, +0.1471] |" in text
   assert "seed 2 waits" in text and "seed 0 not finite" in text and (tmp_path / "table.md").read_text() == text
   assert json.loads((tmp_path / "table.json").read_text())["points"][1]["changes"] == {SCL: 2.0}
@@ -371,7 +372,6 @@ def test_members_together_agree_with_runs_alone_and_are_resumed(tmp_path, digits
 
   # What an ordinary run does with its folder, it does with a member's: its files again, without training.
   (member / "results.json").unlink()
-  checksums.write(member, {})
   assert main([*words, f"--workdir={member}"]) == 0
   assert "resuming after epoch 2 of 2" in capsys.readouterr().out
   assert report.read_results(member)["student"]["last"] == results["student"]["last"]

@@ -1,6 +1,7 @@
 """What came of a sweep, point by point: means over seeds, and differences to the base, paired by seed."""
 
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -98,8 +99,13 @@ def _against(row: Mapping[str, Any]) -> str:
 def write(
   workdir: pathlib.Path, name: str, members: Sequence[Member], about: Mapping[str, Any], page: bool = False
 ) -> str:
-  """Writes NAME.md and NAME.json and, with `page`, NAME.html of two finished members or more; returns the Markdown."""
+  """Writes NAME.md and NAME.json and, with `page`, NAME.html of two finished members or more; returns the Markdown.
+
+  The rows of a search are in the order of their means, best first.
+  """
   table = rows(members)
+  if about["search"] != "grid":
+    table.sort(key=lambda row: -math.inf if row["mean"] is None else row["mean"], reverse=True)
   text = markdown(table, about)
   write_whole(workdir / f"{name}.md", text.encode())
   write_whole(workdir / f"{name}.json", (json.dumps({**about, "points": table}, indent=2) + "\n").encode())

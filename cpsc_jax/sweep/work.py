@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from cpsc_jax import config as configs
-from cpsc_jax import datasets, experiment, record, run, schema, tasks, teach
+from cpsc_jax import datasets, experiment, loop, record, run, schema, tasks, teach
 from cpsc_jax.checkpoint import CARD
 from cpsc_jax.errors import NonFiniteLoss, Refusal
 from cpsc_jax.mesh import make_mesh, replicated, single_process
@@ -35,8 +35,6 @@ SWEEP = "sweep.json"
 MOST_MEMBERS = 10_000
 LARGEST_GROUP = 64  # members that are begun at a time, of which as many train together as fit
 VALIDATION = {"evaluate.split": "validation"}
-# What a sweep may be resumed with another value of.
-FREE = ("dataset.data_dir", "evaluate.diagnostics_every", "evaluate.gradients")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +241,8 @@ def claim(sweep: Sweep) -> None:
     ours, theirs = dict(schema.flatten(said["config"])), dict(schema.flatten(begun["config"]))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise Refusal(f"{path} cannot be read ({error}); restore it or choose another --workdir.") from error
-  differ += sorted(k for k in ours.keys() | theirs.keys() if k not in FREE and ours.get(k, ...) != theirs.get(k, ...))
+  keys = (ours.keys() | theirs.keys()) - set(configs.FREE)
+  differ += sorted(key for key in keys if ours.get(key, ...) != theirs.get(key, ...))
   if differ:
     raise Refusal(
       f"{sweep.workdir} belongs to another sweep (it differs in {', '.join(differ)}); choose another --workdir."
@@ -299,7 +298,7 @@ def _alone(member: Member, data: datasets.Data) -> None:
 
   def go_on(begun: run.Begun) -> None:
     if member.earlier and not (member.workdir / "checkpoints").exists():
-      together.loop.save(begun.plan, together.ended_before(member, begun))
+      loop.save(begun.plan, together.ended_before(member, begun))
 
   say(f"member {member.name}")
   try:
