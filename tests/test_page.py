@@ -284,6 +284,27 @@ def test_comparison(tmp_path, capsys):
   assert not list(tmp_path.glob("*.partial"))
 
 
+def test_runs_with_the_teacher_of_their_own_seed_are_one_row(tmp_path):
+  def runs(parent, of_seed):
+    folders = {}
+    for arm in ("distill", "untrained_generator"):
+      for seed in (0, 1):
+        folder = write_run(tmp_path / parent / f"{arm}_{seed}", seed=seed, arm=arm, accuracy=0.9 + seed / 100)
+        folders[folder.name] = folder
+
+        def edit(results):
+          results["config"]["teacher"]["checkpoint"] = f"teachers/{seed}"
+          results["teacher"] |= {"digest": f"d{seed}", "seed": seed if of_seed else None}
+
+        change(folder, "results.json", edit)
+    return folders
+
+  own, other = runs("own", True), runs("other", False)
+  pages = [report.compare(list(folders.values()), tmp_path / "out.html").read_text() for folders in (own, other)]
+  sources = [" ".join(source for _, source, _ in check_numbers(text, own, at_least=20).numbers) for text in pages]
+  assert "distill_0,distill_1 mean" in sources[0] and "distill_0,distill_1 mean" not in sources[1]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
   folder, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
 
