@@ -28,7 +28,8 @@ class Measures:
   def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split):
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
     card, mesh = teacher.card, setup.mesh
-    self.classes = card["num_classes"]
+    self.known = card["num_classes"]  # by the teacher, of `classes` in all
+    self.classes = nets.output_shapes(setup.student.net, test.images.shape[1:]).logits.shape[-1]
     classifier = functools.partial(
       evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=c.evaluate.batch_size, mesh=mesh
     )
@@ -39,7 +40,7 @@ class Measures:
       rows = np.linspace(0, len(test) - 1, min(len(test), diagnostics.LARGEST_SET)).astype(int)
       self.real = seen.features if seen.features is None else self._once(lambda x: x[rows])(seen.features)
       self.of_teacher = seen._replace(features=None)
-      self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels))
+      self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels, test.labels < self.known))
     self.sampler = evaluate.compile_sampler(setup, c.evaluate.samples_per_class) if setup.generator else None
     self.labelled = bool(self.sampler) and setup.method.noise.labelled
     root = streams.root(c.seed)
@@ -137,7 +138,7 @@ class Measures:
   @functools.cached_property
   def _of_samples(self) -> Any:
     net = nets.deployed(self.setup.student.net, {})[0]
-    fixed = {"net": net, "num_classes": self.classes, "labelled": self.labelled}
+    fixed = {"net": net, "num_classes": self.known, "labelled": self.labelled}
     return self._once(functools.partial(examine.of_samples, **fixed))
 
   @functools.cached_property

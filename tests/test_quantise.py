@@ -367,7 +367,7 @@ def test_what_a_key_must_not_be_is_refused(name):
     ({"quantise__warmup": 5}, "are 6 epochs together, more than config.schedule.epochs, 2"),
     ({"schedule__epochs": 9, "evaluate__every": 2}, "make that a multiple of config.evaluate.every, 2"),
     ({"reference": True}, "leave it False for task 'quantise'"),
-    ({"task": "incremental"}, "config.task is 'incremental'; it must be one of distil, quantise"),
+    ({"task": "prune"}, "config.task is 'prune'; it must be one of distil, quantise, incremental"),
   ],
 )
 def test_bad_settings_are_refused_before_any_work(changes, word):
