@@ -40,6 +40,7 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name, save_figure
 
+AVERAGE = "average incremental accuracy"
 KEPT = (
   "seed",
   "arm",
@@ -76,14 +77,19 @@ def kept(workdir: pathlib.Path) -> dict | None:
   results = json.loads((workdir / "results.json").read_text())
   origin = json.loads(workdir.with_suffix(".origin.json").read_text())
   results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
-  return {key: results[key] for key in KEPT} | origin | {"curve": curve(workdir, results)}
+  phases = results.get("incremental")
+  more = {"incremental": phases} if phases else {"curve": curve(workdir, results)}
+  return {key: results[key] for key in KEPT} | origin | more
 
 
 def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
   """The plan as Markdown; rows without a finished run say so."""
   against = f"against {plan.base}" if plan.base else ""
   columns = ("row", "seeds", "last epoch", "mean", "deviation", against, "best epoch", "gap to teacher", "agreement")
-  columns = [name for name in (*columns, "fidelity", "student's images", "seconds") if name]
+  columns = (*columns, "fidelity", "student's images", "seconds")
+  if any("incremental" in run for runs in found.values() for run in runs):
+    columns = ("row", "seeds", AVERAGE, "mean", "deviation", against, "at the end", "forgetting", "seconds")
+  columns = [name for name in columns if name]
   lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   for row in plan.rows:
     runs = found.get(row.name, [])
@@ -92,37 +98,50 @@ def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
       cells[against] = "" if row.name == plan.base else _against(runs, found.get(plan.base, []))
     lines.append(f"| {' | '.join(cells.get(name, '') for name in columns)} |")
   for what, accuracy, teacher in plan.published:
-    cells = {"row": f"*published:* {what}", "last epoch": accuracy, "gap to teacher": teacher}
+    cells = {"row": f"*published:* {what}", "last epoch": accuracy, AVERAGE: accuracy, "gap to teacher": teacher}
     lines.append(f"| {' | '.join(cells.get(name, '') for name in columns)} |")
   return "\n".join([f"**{plan.pair}**", "", *lines, "", *_notes(plan, found)])
+
+
+def headline(run: Mapping) -> float:
+  """The figure by which runs are compared: accuracy at the last epoch, or its average over phases."""
+  return run["incremental"]["average"] if "incremental" in run else run["student"]["last"]["accuracy"]
 
 
 def _cells(runs: list[dict]) -> dict[str, str]:
   """What the table says of the finished runs of a row."""
   last, best = ([r["student"][which] for r in runs] for which in ("last", "best"))
-  accuracies = [entry["accuracy"] for entry in last]
+  accuracies = [headline(r) for r in runs]
+  common = {
+    "seeds": ", ".join(str(r["seed"]) for r in runs),
+    "mean": f"{statistics.mean(accuracies):.4f}",
+    "deviation": f"{statistics.stdev(accuracies):.4f}" if len(runs) > 1 else "",
+    "seconds": f"{statistics.median(r['seconds'] for r in runs):,.0f}",
+  }
+  if phases := [r["incremental"] for r in runs if "incremental" in r]:
+    return common | {
+      AVERAGE: ", ".join(f"{value:.4f}" for value in accuracies),
+      "at the end": f"{statistics.mean(of['accuracy'][-1] for of in phases):.4f}",
+      "forgetting": f"{statistics.mean(of['forgetting'] for of in phases):.4f}",
+    }
   gap = statistics.mean(r["teacher"]["accuracy"] - value for r, value in zip(runs, accuracies, strict=True))
   generators = [r["generator"] for r in runs if r["generator"]]
   fidelity = [g[fidelity_name(g)] for g in generators if g[fidelity_name(g)] is not None]
   pool = " (pool)" if fidelity and fidelity_name(generators[0]) == "pool_fidelity" else ""
-  return {
-    "seeds": ", ".join(str(r["seed"]) for r in runs),
+  return common | {
     "last epoch": ", ".join(f"{value:.4f}" for value in accuracies),
-    "mean": f"{statistics.mean(accuracies):.4f}",
-    "deviation": f"{statistics.stdev(accuracies):.4f}" if len(runs) > 1 else "",
     "best epoch": ", ".join(f"{entry['accuracy']:.4f} at {entry['epoch']}" for entry in best),
     "gap to teacher": f"{gap:.4f}",
     "agreement": f"{statistics.mean(entry['agreement'] for entry in last):.4f}",
     "fidelity": f"{statistics.mean(fidelity):.3f}{pool}" if fidelity else "",
     "student's images": f"{runs[0]['samples']['student']:,}",
-    "seconds": f"{statistics.median(r['seconds'] for r in runs):,.0f}",
   }
 
 
 def _against(runs: list[dict], base: list[dict]) -> str:
   """The mean difference in accuracy to the base row with the same seed and teacher, and its standard error."""
-  known = {(r["seed"], r["teacher"].get("digest")): r["student"]["last"]["accuracy"] for r in base}
-  pairs = [((r["seed"], r["teacher"].get("digest")), r["student"]["last"]["accuracy"]) for r in runs]
+  known = {(r["seed"], r["teacher"].get("digest")): headline(r) for r in base}
+  pairs = [((r["seed"], r["teacher"].get("digest")), headline(r)) for r in runs]
   both = [accuracy - known[pair] for pair, accuracy in pairs if pair in known]
   if not both:
     return ""

@@ -29,26 +29,37 @@ def iteration(
   method, generator, student = setup.method, setup.generator, setup.student
 
   def run(state: State, _: Any) -> tuple[State, dict[str, Losses]]:
-    key, losses = streams.nth(state.key, Stream.ITERATIONS, state.step), {}
+    key = streams.nth(state.key, Stream.ITERATIONS, state.step)
     state = method.begin(state, streams.key(key, Stream.BEGIN))
-    if generator and generator.steps:  # min L_G over G; S, T fixed
-      keys = streams.keys(key, Stream.GENERATOR_STEPS, generator.steps)
-      state, losses["generator"] = jax.lax.scan(generator_step, state, keys)
-    state = method.keep(state, streams.key(key, Stream.KEEP), teach)
-    keys = streams.keys(key, Stream.STUDENT_STEPS, student.steps)
-    state, losses["student"] = learn(state, keys)  # min L_S over S; G, T fixed
+
+    def synthesise(state: State) -> tuple[State, dict[str, Losses]]:  # min L_G over G; S, T fixed
+      losses = {}
+      if generator and generator.steps:
+        keys = streams.keys(key, Stream.GENERATOR_STEPS, generator.steps)
+        state, losses["generator"] = jax.lax.scan(generator_step, state, keys)
+      return method.keep(state, streams.key(key, Stream.KEEP), teach), losses
+
+    def learn(state: State) -> tuple[State, Losses]:  # min L_S over S; G, T fixed
+      return jax.lax.scan(student_step, state, streams.keys(key, Stream.STUDENT_STEPS, student.steps))
+
+    state, losses = unless(method.rests, synthesise, state)
+    state, losses["student"] = unless(method.waits, learn, state)
     return state.tick(), losses
 
-  def learn(state: State, keys: jax.Array) -> tuple[State, Losses]:
-    def steps(state: State) -> tuple[State, Losses]:
-      return jax.lax.scan(student_step, state, keys)
-
-    def rest(state: State) -> tuple[State, Losses]:
-      return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(steps, state)[1])
-
-    return jax.lax.cond(method.waits(state), rest, steps, state) if method.waits else steps(state)
-
   return run
+
+
+def unless(
+  idle: Callable[[State], jax.Array] | None, work: Callable[[State], tuple[State, Any]], state: State
+) -> tuple[State, Any]:
+  """What `work` returns; where `idle` says so, the state as it is, and losses of 0."""
+  if idle is None:
+    return work(state)
+
+  def rest(state: State) -> tuple[State, Any]:
+    return state, jax.tree.map(jnp.zeros_like, jax.eval_shape(work, state)[1])
+
+  return jax.lax.cond(idle(state), rest, work, state)
 
 
 def generator_step(setup: Setup, teacher: Tree) -> Step:
@@ -154,7 +165,7 @@ def view_of(
 
 def student_update(setup: Setup, teacher: Tree, state: State, batch: Batch, key: jax.Array) -> tuple[State, Aux]:
   """The state after one student update on a batch, and what its loss returned."""
-  student, loss = state.student, student_loss(setup, state.hyper.student)
+  student, loss = state.student, student_loss(setup, state.hyper.student, state.memory)
 
   def teach(batch: Batch) -> Output | None:
     if batch.logits is not None:
@@ -168,15 +179,19 @@ def student_update(setup: Setup, teacher: Tree, state: State, batch: Batch, key:
   return state.replace(student=new), got.aux
 
 
-def student_loss(setup: Setup, weights: Weights) -> Callable[..., tuple[jax.Array, Aux]]:
-  """L_S as a loss for `gradients.take`: of the student's parameters, a batch and the teacher's output on it."""
+def student_loss(setup: Setup, weights: Weights, memory: Tree = None) -> Callable[..., tuple[jax.Array, Aux]]:
+  """L_S as a loss for `gradients.take`: of the student's parameters, a batch and the teacher's output on it.
+
+  `memory` is the state's, for terms that look something up in it.
+  """
 
   def loss(params: Tree, stats: Tree, batch: Batch, t: Output | None, key: jax.Array) -> tuple[jax.Array, Aux]:
     dropout = streams.key(key, Stream.DROPOUT)
     variables = {"params": params, "batch_stats": stats}
     options = {"train": True, "key": dropout, "norm_parts": setup.student.norm_parts}
     s, stats = nets.forward(setup.student.net, variables, batch.images, **options)
-    view = View(batch.labels, t, s, key=streams.key(key, Stream.TERMS), targets=batch.targets)
+    known = {"targets": batch.targets, "memory": memory, "student_params": params}
+    view = View(batch.labels, t, s, key=streams.key(key, Stream.TERMS), **known)
     losses = weighted_sum(setup.method.student_terms, weights.terms, view)
     return losses.total, Aux(losses, stats, {"student": s})
 

@@ -112,7 +112,12 @@ def check_warmup(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None
 
 
 def check_task(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
-  tasks.of(config).check(config, spec, mesh)
+  task = tasks.of(config)
+  if config.arm not in task.arms:
+    raise Refusal(
+      f"config.arm is '{config.arm}', which is none of task '{config.task}'; its arms are {', '.join(task.arms)}."
+    )
+  task.check(config, spec, mesh)
 
 
 def check_nets(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -252,7 +257,8 @@ def check_terms(config: Config, spec: Dataset, mesh: jax.sharding.Mesh, teacher:
   student, generator = config.loss.student, config.loss.generator
   nobody = Player(net=None, optimiser=None, steps=0)  # the terms do not depend on the generator
   head = config.student.micro_batches > 1 and has_trained_head(config, spec, teacher)
-  methods.method(methods.Parts(config, None, nobody, teacher, spec.image_shape, mesh, trained_head=head))
+  more = tasks.of(config).terms(config, None, spec.image_shape, spec.num_classes)
+  methods.method(methods.Parts(config, None, nobody, teacher, spec.image_shape, mesh, trained_head=head, more=more))
   same_width = student.features or config.student.classifier == "teacher"
   if same_width and len(feature_widths(config, spec, teacher)) == 2:
     key = "loss.student.features" if student.features else "student.classifier"

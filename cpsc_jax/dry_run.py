@@ -12,6 +12,7 @@ from cpsc_jax.mesh import device_memory, make_mesh
 from cpsc_jax.setup import Setup
 from cpsc_jax.state import Tree
 from cpsc_jax.streams import Stream
+from cpsc_jax.tasks import incremental
 
 MIB = 2**20
 
@@ -23,19 +24,13 @@ def text(c: config.Config, workdir: pathlib.Path) -> str:
     Refusal: as a run of this config would, before its work.
   """
   mesh, data = make_mesh(), datasets.find(c.dataset.name, c.dataset.data_dir)
+  if tasks.of(c).in_phases:
+    c = config.resolve(c, data.spec, mesh)
+    return "\n".join([*_about(c, data, workdir), "", *_phases(c, data)])
   card = teach.describe_teacher(c, data)
   c = tasks.of(c).of_teacher(c, card)
   c = config.resolve(c, data.spec, mesh, nets.classifier(card["net"], card["num_classes"]))
-  finished = record.earlier_results(workdir, c)
-  changed = {
-    name: value
-    for name, value in schema.flatten(c)
-    if name not in schema.KEYS or value != schema.KEYS[name].default and name != "name"
-  }
-  lines = [f"config {c.name}, in which differ from the default:"]
-  lines += [f"  {name} = {value!r}" for name, value in sorted(changed.items())] or ["  nothing"]
-  lines += ["", *(f"reads   {what}" for what in _reads(c, data))]
-  lines += [f"writes  {workdir}, {_state_of(workdir, c, finished)}"]
+  lines = _about(c, data, workdir)
   net = experiment.build_teacher(c, card)
   setup = experiment.build(_without_warmup(c), data.spec, net, card, mesh)
   image = jax.numpy.zeros((2, *data.spec.image_shape))
@@ -49,6 +44,36 @@ def text(c: config.Config, workdir: pathlib.Path) -> str:
     [f"generator  {c.generator.net}, {_count(state.generator.variables):,} parameters"] if state.generator else []
   )
   return "\n".join([*lines, "", *_needs(c, setup, state, variables)])
+
+
+def _about(c: config.Config, data: datasets.Data, workdir: pathlib.Path) -> list[str]:
+  """What differs from the default, and what is read and written."""
+  finished = record.earlier_results(workdir, c)
+  changed = {
+    name: value
+    for name, value in schema.flatten(c)
+    if name not in schema.KEYS or value != schema.KEYS[name].default and name != "name"
+  }
+  lines = [f"config {c.name}, in which differ from the default:"]
+  lines += [f"  {name} = {value!r}" for name, value in sorted(changed.items())] or ["  nothing"]
+  lines += ["", *(f"reads   {what}" for what in _reads(c, data))]
+  return [*lines, f"writes  {workdir}, {_state_of(workdir, c, finished)}"]
+
+
+def _phases(c: config.Config, data: datasets.Data) -> list[str]:
+  """The phases of class-incremental learning."""
+  names, order = data.class_names(), incremental.class_order(c, data.spec.num_classes)
+  lines, end = [], 0
+  for number, size in enumerate(incremental.sizes(c, data.spec.num_classes), 1):
+    new = ", ".join(names[each] for each in order[end : end + size])
+    trains = (
+      f"trains {c.teacher.net} for {c.teacher.epochs} epochs on" if end == 0 else f"{c.schedule.epochs} epochs on"
+    )
+    if end == 0 and c.teacher.checkpoint:
+      trains = f"is the network in {c.teacher.checkpoint}, of"
+    lines.append(f"phase {number}  {trains} {new}" + (f", with arm '{c.arm}' for {end} old classes" if end else ""))
+    end += size
+  return [*lines, "the time and memory of phases are not estimated"]
 
 
 def _without_warmup(c: config.Config) -> config.Config:

@@ -80,9 +80,9 @@ def compile_classifier(
   return jax.jit(classify, out_shardings=replicated(mesh))
 
 
-def share_equal(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The fraction of positions at which two label vectors are equal, ()."""
-  return jnp.mean((a == b).astype(jnp.float32))
+def share_equal(a: jax.Array, b: jax.Array, where: jax.Array | None = None) -> jax.Array:
+  """The fraction of positions at which two label vectors are equal, (), of those `where` a third (N,) is true."""
+  return jnp.mean((a == b).astype(jnp.float32), where=where)
 
 
 def compile_sampler(setup: Setup, per_class: int) -> Callable[[State, Tree, jax.Array], Samples]:

@@ -25,8 +25,11 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     teacher: the teacher's module.
     card: `mean` and `std` of the teacher's input.
   """
-  generator = build_generator(config, spec, teacher, card)
+  task = tasks.of(config)
   student, has_head = build_student(config, spec, teacher)
+  more = task.terms(config, student, spec.image_shape, spec.num_classes)
+  spec = dataclasses.replace(spec, num_classes=task.known(config, spec))  # of which the generator draws
+  generator = build_generator(config, spec, teacher, card)
   kept_layer = nets.classifier_path(student, spec.image_shape) if config.student.classifier == "teacher" else None
   iterations = config.schedule.iterations
   noise = Noise(
@@ -40,20 +43,20 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   trained_head = has_head and config.student.head == "trained"
   form, augment = generator.net.form, augmentation(config.student, card)
   parts = config, noise, generator, teacher, spec.image_shape, mesh, trained_head
-  method = methods.method(methods.Parts(*parts, form.mean, form.std, spec.num_classes, augment))
+  method = methods.method(methods.Parts(*parts, form.mean, form.std, spec.num_classes, augment, more))
   if "bn" in method.generator_terms and not nets.has_statistics(teacher, spec.image_shape):
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
     method = dataclasses.replace(method, generator_terms=terms)
   if config.arm == "gaussian_noise":
     generator, method = None, on_noise(config, method, spec, mesh)
-  task, steps = tasks.of(config), iterations * config.student.steps
+  steps = iterations * config.student.steps
   method = task.method(config, method, iterations)
   optimiser = optim.student_optimiser(config, steps, tasks.waiting_epochs(config), kept_layer)
   return Setup(
     student=Player(
       net=student,
-      optimiser=task.optimiser(config, optimiser, steps),
+      optimiser=task.optimiser(config, optimiser, steps, student, spec.image_shape),
       steps=config.student.steps,
       policy=policy(config, config.student.micro_batches),
       augment=augment,
@@ -114,7 +117,7 @@ def initial_state(
     if config.generator.embedding and state.generator is not None:
       state = _with_embedding(config, setup, state, image_shape, teacher)
     if teacher is not None:
-      state = tasks.of(config).begin(config, setup, state, image_shape)
+      state = tasks.of(config).begin(config, setup, state, image_shape, teacher)
     return initial.placed(setup, state)
 
 
@@ -183,7 +186,8 @@ def learning_rates(config: Config, epoch: jax.Array, hyper: Hyper) -> dict[str, 
   waiting, steps = 0 if config.arm in REAL_ARMS else tasks.waiting_epochs(config), config.schedule.iterations
   updates = (epoch - waiting) * steps * config.student.steps
   schedule = optim.student_schedule(config, steps * config.student.steps, tasks.waiting_epochs(config))
-  rates = {"student": jnp.where(updates > 0, hyper.student.lr * schedule(updates - 1), jnp.nan)}
+  rate = tasks.of(config).learning_rate(config, epoch, schedule(updates - 1))
+  rates = {"student": jnp.where(updates > 0, hyper.student.lr * rate, jnp.nan)}
   if config.arm == "distill" and not inverts(config):
     schedule = optim.generator_schedule(config, steps * config.generator.steps)
     rate = schedule(epoch * steps * config.generator.steps - 1) if callable(schedule) else schedule

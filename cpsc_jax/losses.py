@@ -10,6 +10,7 @@ contrast after Khosla et al., NeurIPS 2020, eq. 2; batch norm statistics after D
 triplets after RGAL (Liang and Fu, IJCV 2024). Terms of other methods name theirs.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -398,3 +399,61 @@ def _l2(x):
   squared = jnp.sum(jnp.square(x))
   positive = squared > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+
+
+def confident(logits_NC: jax.Array, temperature: float) -> jax.Array:
+  """Cross-entropy of logits at a temperature against their own most likely class: (N,) (ABD)."""
+  return cross_entropy(logits_NC / temperature, jnp.argmax(logits_NC, axis=-1))
+
+
+def even(logits_NC: jax.Array) -> jax.Array:
+  """1 less the entropy of the batch's mean prediction, as a share of the largest possible: ().
+
+  It is 0 where all classes are equally common (ABD: Smith et al., ICCV 2021, arXiv 2106.09701).
+  """
+  return 1 + balance(logits_NC) / math.log(max(logits_NC.shape[-1], 2))
+
+
+def moments_divergence(statistics: Statistics | None) -> jax.Array:
+  """KL divergence of normals with the moments that the teacher's batch norms see from those that they stored: ().
+
+  Averaged over channels and over layers; 0 without statistics (ABD, in its published code: batch b, stored r,
+  log(sd_b / sd_r) - (1 - (var_r + (mean_r - mean_b)^2) / var_b) / 2).
+  """
+  layers = []
+  for layer, seen in (statistics.seen if statistics else {}).items():
+    stored = statistics.stored[layer]
+    var, was = seen["var"] + 1e-8, stored["var"] + 1e-8
+    ratio = (was + jnp.square(stored["mean"] - seen["mean"])) / var
+    layers.append(jnp.mean(0.5 * (jnp.log(var) - jnp.log(was)) - 0.5 * (1 - ratio)))
+  return jnp.mean(jnp.stack(layers)) if layers else jnp.zeros(())
+
+
+def roughness(images_NHWK: jax.Array) -> jax.Array:
+  """Mean squared difference of images from themselves under a 5x5 Gaussian blur of deviation 1: (N,) (ABD).
+
+  Edges are mirrored.
+  """
+  x = at_least_float32(images_NHWK)
+  weights = jnp.exp(-0.5 * jnp.square(jnp.arange(-2.0, 3.0)))
+  weights = (weights / weights.sum()).astype(x.dtype)
+  blurred = x
+  for axis in (1, 2):
+    width = [(0, 0)] * 4
+    width[axis] = (2, 2)
+    padded, length = jnp.pad(blurred, width, mode="reflect"), x.shape[axis]
+    blurred = sum(w * jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i, w in enumerate(weights))
+  return jnp.mean(jnp.square(x - blurred), axis=(1, 2, 3))
+
+
+def angles(features_ND: jax.Array) -> jax.Array:
+  """The cosine of the angle at j between i and k, for all triples of rows: (N, N, N) at [j, i, k].
+
+  Where two of the three are the same row it is 0 (RKD: Park et al., CVPR 2019, arXiv 1904.05068, eq. 8).
+  """
+  x = at_least_float32(features_ND)
+  apart = x[None] - x[:, None]
+  squared = jnp.sum(jnp.square(apart), axis=-1, keepdims=True)
+  # The root's gradient at 0 is not finite, and a row has distance 0 from itself.
+  unit = jnp.where(squared > 0, apart / jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+  return jnp.einsum("jid,jkd->jik", unit, unit)

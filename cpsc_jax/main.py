@@ -56,12 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       config, workdir = parse([word for word in argv if word not in DRY_FLAGS])
       compile_cache.start()
       mesh.start()
-      from cpsc_jax import dry_run, report, run
+      from cpsc_jax import dry_run, phases, report, run, tasks
 
       if DRY_FLAGS & set(argv):
         print(dry_run.text(config, workdir))
         return 0
-      results = run.run(config, workdir, STARTED, command=["cpsc-jax", *argv[1:]]).results
+      carry_out = phases.run if tasks.of(config).in_phases else run.run
+      results = carry_out(config, workdir, STARTED, command=["cpsc-jax", *argv[1:]]).results
       if mesh.is_primary():
         report.print_table(results)
         print(f"all files are in {workdir}")

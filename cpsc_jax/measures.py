@@ -21,9 +21,11 @@ from cpsc_jax.teach import Teacher
 class Programs:
   """The compiled programs by which a run is measured. Runs that differ in their numbers alone can share them."""
 
-  def __init__(self, c: Config, setup: Setup, teacher: Any, card: dict):
+  def __init__(self, c: Config, setup: Setup, teacher: Any, card: dict, image_shape: tuple[int, int, int]):
     """`teacher` is its module, `card` its card."""
     self.c, self.setup, self.card = c, setup, card
+    self.known = card["num_classes"]  # by the teacher, of `classes` in all
+    self.classes = nets.output_shapes(setup.student.net, image_shape).logits.shape[-1]
     classifier = functools.partial(
       evaluate.compile_classifier, mean=card["mean"], std=card["std"], batch_size=c.evaluate.batch_size, mesh=setup.mesh
     )
@@ -66,12 +68,12 @@ class Programs:
 
   @functools.cached_property
   def of_student(self) -> Any:
-    return self._once(functools.partial(examine.of_student, num_classes=self.card["num_classes"]))
+    return self._once(functools.partial(examine.of_student, num_classes=self.classes))
 
   @functools.cached_property
   def of_samples(self) -> Any:
     net = nets.deployed(self.setup.student.net, {})[0]
-    fixed = {"net": net, "num_classes": self.card["num_classes"], "labelled": self.labelled}
+    fixed = {"net": net, "num_classes": self.known, "labelled": self.labelled}
     return self._once(functools.partial(examine.of_samples, **fixed))
 
   @functools.cached_property
@@ -93,13 +95,13 @@ class Measures:
   def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split, programs: Programs | None = None):
     """`programs` are those of a run with the same nets, method and data; None: its own."""
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
-    self.programs = programs or Programs(c, setup, teacher.net, teacher.card)
+    self.programs = programs or Programs(c, setup, teacher.net, teacher.card, test.images.shape[1:])
     mesh = setup.mesh
     with working("measuring the teacher"):
       seen = self.programs.teach(teacher.variables, test.images)
       self.real = seen.features if seen.features is None else self.programs.some(seen.features)
       self.of_teacher = seen._replace(features=None)
-      self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels))
+      self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels, test.labels < self.programs.known))
     root = streams.root(c.seed)
     self.key = replicate(streams.key(root, Stream.SAMPLE_SHEET), mesh)
     self.diagnosis_key = replicate(streams.key(root, Stream.DIAGNOSIS), mesh)

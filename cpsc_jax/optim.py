@@ -158,6 +158,41 @@ def after(steps: int, tx: optax.GradientTransformation) -> optax.GradientTransfo
   return optax.GradientTransformation(init, update)
 
 
+def followed_by(
+  steps: int, tx: optax.GradientTransformation, later: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`tx` for its first `steps` updates, then `later`, which begins with a fresh state."""
+
+  def init(params: Tree) -> Tree:
+    return {"count": jnp.zeros((), jnp.int32), "first": tx.init(params), "later": later.init(params)}
+
+  def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+    def at_first(state: Tree) -> tuple[Tree, Tree]:
+      updates, first = tx.update(grads, state["first"], params)
+      return updates, {**state, "first": first}
+
+    def afterwards(state: Tree) -> tuple[Tree, Tree]:
+      updates, new = later.update(grads, state["later"], params)
+      return updates, {**state, "later": new}
+
+    updates, state = jax.lax.cond(state["count"] < steps, at_first, afterwards, state)
+    return updates, {**state, "count": state["count"] + 1}
+
+  return optax.GradientTransformation(init, update)
+
+
+def alone(tx: optax.GradientTransformation, path: tuple[str, ...]) -> optax.GradientTransformation:
+  """`tx` for the layer at `path`; nothing else moves."""
+
+  def label(where: tuple, _: jax.Array) -> str:
+    return "moved" if tuple(part.key for part in where[:-1]) == path else "kept"
+
+  def labels(params: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(label, params)
+
+  return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
+
+
 def warmup_cosine(lr: float, warmup_steps: float, total_steps: int, end: float = 0.0) -> optax.Schedule:
   """Linear from lr / (warmup + 1) to lr, then half a cosine to `end` at `total_steps`; the step is counted from 0."""
   warmup_steps = min(int(warmup_steps), max(total_steps - 1, 0))

@@ -248,16 +248,11 @@ def begun(
 ) -> dict:
   """What results.json says that is known before the training; `student` are its variables as they will be saved."""
   return {
-    **_about(config),
+    **about(config, command),
     "teacher": _about_teacher(config, teacher, teacher_accuracy),
     "student": {"net": config.student.net, "parameters": nets.count_parameters(student["params"])},
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "class_names": data.class_names(),
-    "versions": environment.versions(),
-    "hardware": environment.hardware(),
-    "command": shlex.join(command) if command else None,
-    "changed": configs.changes(config),
-    "config": json.loads(configs.dump(config)),
   }
 
 
@@ -348,9 +343,12 @@ def finish(
     more: what the task adds to the results.
   """
   card = {key: teacher.card[key] for key in ("num_classes", "image_size", "channels", "mean", "std")}
-  card["class_names"] = results["class_names"]
+  names = results["class_names"]  # of the student's classes, the first of which are the teacher's
+  card["class_names"] = names[: card["num_classes"]]
   generator_card = card | {key: config.generator[key] for key in ("net", *saved.GENERATOR_KEYS)}
   student_card = card | {
+    "num_classes": len(names),
+    "class_names": names,
     "net": config.student.net,
     "dataset": config.dataset.name,
     "teacher_digest": teacher.card.get("digest"),
@@ -389,6 +387,15 @@ def finish(
   return Finished(results, history, card=student_card, **nets_of_run)
 
 
+def finish_phases(workdir: pathlib.Path, results: dict, net: saved.SavedNet) -> Finished:
+  """Writes what a run of several phases ended with: its last network, pictures, page and results.json."""
+  checkpoint.save_net(workdir / "student", net.variables, net.card)
+  if is_primary():
+    report.write_phases(workdir, results)
+    _write_results(workdir, results)
+  return Finished(results, card=net.card, student=(net.net, net.variables))
+
+
 def _write_files(workdir, results, history, sheet, card, held, started) -> None:
   """results.json comes last: a folder that has it is complete."""
   last = diagnosis_of(workdir, history["student"][-1]["epoch"])
@@ -404,6 +411,11 @@ def _write_files(workdir, results, history, sheet, card, held, started) -> None:
     report.draw(workdir, results)
     results["seconds"] = time.monotonic() - started
     report.write_page(workdir, results, history)
+  _write_results(workdir, results)
+
+
+def _write_results(workdir: pathlib.Path, results: dict) -> None:
+  """results.json and the checksums of what lasts."""
   scratch = workdir / "results.json.partial"
   scratch.write_text(json.dumps(results, indent=2) + "\n")
   checksums.write(workdir, _lasting(workdir) | {"results.json": scratch})
@@ -418,7 +430,8 @@ def _lasting(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
   return {str(path.relative_to(workdir)): path for path in files if path.is_file()}
 
 
-def _about(config: Config) -> dict:
+def about(config: Config, command: Sequence[str] | None) -> dict:
+  """What results.json says of any run of a config, begun here by a command line."""
   return {
     "name": config.name,
     "arm": config.arm,
@@ -426,6 +439,11 @@ def _about(config: Config) -> dict:
     "reference": config.reference,
     "seed": config.seed,
     "headline": config.evaluate.headline,
+    "versions": environment.versions(),
+    "hardware": environment.hardware(),
+    "command": shlex.join(command) if command else None,
+    "changed": configs.changes(config),
+    "config": json.loads(configs.dump(config)),
   }
 
 

@@ -75,12 +75,46 @@ def report(workdir: str | pathlib.Path) -> list[pathlib.Path]:
   """
   results = read_results(workdir)
   try:
+    if "incremental" in results:
+      pictures = write_phases(workdir, results)
+      print_table(results)
+      return pictures
     pictures = draw(workdir, results)
     pictures.append(write_page(workdir, results, _read_history(pathlib.Path(workdir) / "history.json")))
   except OSError as error:
     raise Refusal(f"cannot write to {workdir} ({error.strerror or error}); make it writable.") from error
   print_table(results)
   return pictures
+
+
+def write_phases(workdir: str | pathlib.Path, results: dict[str, Any]) -> list[pathlib.Path]:
+  """Draws the accuracies of a run of several phases as WORKDIR/phases.png and returns the files' paths."""
+  path = pathlib.Path(workdir) / "phases.png"
+  found, arm = results["incremental"], results["arm"]
+  phases, seen = range(1, len(found["sizes"]) + 1), np.cumsum(found["sizes"])
+  figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+  figure.suptitle(_run_name(results) if arm == "distill" else f"{_run_name(results)}, {arm}", parse_math=False)
+  curve, table = figure.subplots(1, 2)
+  curve.plot(seen, found["accuracy"], marker="o")
+  curve.set_xlabel("classes seen")
+  curve.set_title(f"accuracy over them; average {found['average']:.4f}", fontsize=10)
+  curve.set_xticks(seen)
+  curve.set_ylim(0, 1)
+  curve.grid(alpha=0.3)
+  matrix = np.full((len(phases), len(phases)), np.nan)
+  for row, accuracies in enumerate(found["matrix"]):
+    matrix[row, : len(accuracies)] = accuracies
+  table.imshow(matrix, cmap="Blues", vmin=0, vmax=1.2)
+  if len(phases) <= 12:
+    for row, column in zip(*np.nonzero(~np.isnan(matrix)), strict=True):
+      table.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=8)
+  table.set_xlabel("classes of phase")
+  table.set_ylabel("after phase")
+  for axis in (table.set_xticks, table.set_yticks):
+    axis(range(len(phases)), phases)
+  table.set_title(f"accuracy by phase; forgetting {found['forgetting']:.4f}", fontsize=10)
+  save_figure(figure, path, dpi=100)
+  return [path, write_page(workdir, results, {"student": []})]
 
 
 def write_page(workdir: str | pathlib.Path, results: dict[str, Any], history: dict[str, list[dict]]) -> pathlib.Path:
@@ -95,7 +129,8 @@ def write_page(workdir: str | pathlib.Path, results: dict[str, Any], history: di
   """
   workdir = pathlib.Path(workdir)
   run = _run(workdir, results, history)
-  text = page.run_page(run, _control_arms(workdir, results) if run.finished else ())
+  of = page.phases_page if "incremental" in results else page.run_page
+  text = of(run, _control_arms(workdir, results) if run.finished else ())
   return _write_text(workdir / PAGE, text)
 
 
@@ -324,17 +359,24 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_column(column)
   for column in ("parameters", "accuracy", "agreement"):
     table.add_column(column, justify="right")
-  table.add_row("teacher", teacher["net"], f"{teacher['parameters']:,}", f"{teacher['accuracy']:.4f}", "")
+  whole = results.get("incremental")
+  first = "network of the first classes" if whole else "teacher"
+  table.add_row(first, teacher["net"], f"{teacher['parameters']:,}", f"{teacher['accuracy']:.4f}", "")
   if quantised := results.get("quantised"):
     bits = f"W{quantised['weights']}A{quantised['activations']}"  # the student's rows are of the fine-tuned
     for stage in ("without_data", "calibrated"):
       table.add_row(f"{bits}, {stage.replace('_', ' ')}", student["net"], "", f"{quantised[stage]:.4f}", "")
-  for which in ("last", "best"):
+  for which in () if whole else ("last", "best"):
     row = student[which]
     label = f"student, {which} epoch ({row['epoch']})" + ("  <- headline" if which == results["headline"] else "")
     figures = (f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}")
     table.add_row(label, student["net"], f"{student['parameters']:,}", *figures)
-  if generator:
+  if whole:
+    for number, (size, seen) in enumerate(zip(np.cumsum(whole["sizes"]), whole["accuracy"], strict=True), 1):
+      table.add_row(f"after phase {number}, {size} classes", student["net"], "", f"{seen:.4f}", "")
+    table.add_row("average incremental accuracy", "", "", f"{whole['average']:.4f}", "")
+    table.add_row("forgetting", "", "", f"{whole['forgetting']:.4f}", "")
+  elif generator:
     name = fidelity_name(generator)
     fidelity = generator[name]
     shown = "no classes" if fidelity is None else f"{name.replace('_', ' ')} {fidelity:.3f}"

@@ -131,6 +131,9 @@ def begun(
   if c.arm in schema.REAL_ARMS:
     setup, (epoch, state), real = teach.real_arm(c, setup, teacher, data)
     origin |= real
+  elif tasks.of(c).with_real:
+    setup, (epoch, state), real = teach.new_classes(c, setup, teacher, data)
+    origin |= real
   else:
     epoch, state = distillation(c, setup, teacher, data)
   measures = Measures(c, setup, teacher, test, like.measures.programs if like else None)

@@ -59,6 +59,7 @@ POSITIVE, NOT_NEGATIVE = Range(0, HUGE, low_open=True), Range(0, HUGE)
 ANY = Range(-math.inf, math.inf)
 
 REAL_ARMS = ("real_kd", "real_labels")
+INCREMENTAL_ARMS = ("no_rehearsal", "lwf", "real_rehearsal", "joint")
 
 
 def _optimiser(schedule: Key) -> dict[str, Key]:
@@ -326,16 +327,20 @@ KEYS: dict[str, Key] = {
   "seed": Key(0, "of initial weights, noise, labels and the teacher's training", Range(0, 2**32 - 1)),
   "task": Key(
     "distil",
-    'what becomes of the teacher: "distil", another network learns from it; "quantise", the same network at few bits',
-    ("distil", "quantise"),
+    'what becomes of the teacher: "distil", another network learns from it; "quantise", the same network at few bits;'
+    ' "incremental", it learns more classes',
+    ("distil", "quantise", "incremental"),
   ),
   "method": Key("cpsc", "configs/METHOD_cifar10.py sets what belongs to a method", tuple(methods.METHODS)),
   "arm": Key(
     "distill",
     'what trains the student: "distill"; or a control, "untrained_generator" (the generator keeps'
     ' its initial weights), "gaussian_noise" (images of normal noise, with the classes that the teacher gives them),'
-    ' "real_kd" (the student\'s terms on the real training data) or "real_labels" (cross-entropy on the real labels)',
-    ("distill", "untrained_generator", "gaussian_noise", *REAL_ARMS),
+    ' "real_kd" (the student\'s terms on the real training data) or "real_labels" (cross-entropy on the real labels).'
+    ' Of class-incremental learning: "no_rehearsal" (the new images alone), "lwf" (with the previous network\'s'
+    ' prediction on them), "real_rehearsal" (and some real images of old classes) or "joint" (all images of all'
+    " classes seen)",
+    ("distill", "untrained_generator", "gaussian_noise", *REAL_ARMS, *INCREMENTAL_ARMS),
   ),
   "reference": Key(
     False,
@@ -442,6 +447,45 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     ),
     "quantise.momentum": Key(0.9, "of the mean of the batches' maxima; it counts the first batches fully", SHARE),
   },
+  "incremental": {
+    "incremental.phases": Key(5, "in how many phases the classes come", Range(2, 2**10)),
+    "incremental.first": Key(
+      0, "classes of the first phase; the others bring equally many each; 0: so does the first", COUNT_OR_NONE
+    ),
+    "incremental.order": Key(
+      "", "in which classes come: empty, as they are numbered; a number, the seed of a shuffle; or all classes, 3,1,0,2"
+    ),
+    "incremental.known": Key(0, "classes of the previous network; set for each phase, leave it 0", COUNT_OR_NONE),
+    "incremental.batch_size": Key(
+      64, "real images of new classes beside the schedule.batch_size samples in a student's batch", SIZE
+    ),
+    "incremental.warmup": Key(0, "epochs at the start of a phase in which the generator learns alone", COUNT_OR_NONE),
+    "incremental.rests": Key(False, "whether the generator learns nothing more after these"),
+    "incremental.refine": Key(0, "epochs at the end of a phase in which the classifier alone learns", COUNT_OR_NONE),
+    "incremental.refine_lr": Key(5e-3, "its learning rate then", POSITIVE),
+    "incremental.balance": Key(
+      "none",
+      'how weights depend on the numbers of old and new classes: "rdfcil" multiplies local, old_logits and relation,'
+      ' "abd" local, and the two kinds of images in classifier',
+      ("none", "rdfcil", "abd"),
+    ),
+    "incremental.kept": Key(20, 'real images of each old class that the arm "real_rehearsal" keeps', COUNT),
+    "loss.generator.confident": Key(
+      0.0, "ABD: cross-entropy against the teacher's own most likely class", NOT_NEGATIVE
+    ),
+    "loss.generator.even": Key(0.0, "ABD: all classes equally common in the batch", NOT_NEGATIVE),
+    "loss.generator.moments": Key(0.0, "ABD: `bn` as a divergence of normals, layer by layer", NOT_NEGATIVE),
+    "loss.generator.smooth": Key(0.0, "ABD: difference from a blurred image", NOT_NEGATIVE),
+    "loss.student.local": Key(1.0, "cross-entropy of real images over the new classes alone", NOT_NEGATIVE),
+    "loss.student.balanced": Key(0.0, "cross-entropy over all classes, each of the same weight", NOT_NEGATIVE),
+    "loss.student.classifier": Key(0.0, "ABD: cross-entropy over all classes, for the classifier alone", NOT_NEGATIVE),
+    "loss.student.old_logits": Key(0.0, "R-DFCIL: absolute difference of old logits on samples", NOT_NEGATIVE),
+    "loss.student.old_features": Key(
+      0.0, "ABD: squared difference of features seen through the old classifier", NOT_NEGATIVE
+    ),
+    "loss.student.relation": Key(0.0, "R-DFCIL: angles between real images, before and now", NOT_NEGATIVE),
+    "loss.student.refine": Key(0.0, "`balanced`, in refinement, where of the others old_logits stays", NOT_NEGATIVE),
+  },
 }
 SECTIONS = {
   "": "the run",
@@ -461,6 +505,8 @@ SECTIONS = {
   "episodes": "FastDFKD and NAYER",
   "quantise": "quantisation. The student is the teacher's own network and starts with its weights, whatever student.net"
   " and student.inherit say",
+  "incremental": "class-incremental learning. In every phase after the first, which trains the teacher, the student is"
+  " the previous network, whatever student.net says; schedule and student are those of each phase",
   "evaluate": "what is measured",
   "checkpoint": "what is saved",
 }

@@ -107,6 +107,7 @@ class Method:
     optimisers: {name: optimiser} of those parts of `State.trained` that do not share the generator's, and "generator"
       where it is not the config's.
     waits: state -> whether the student's updates of this iteration are left out, () bool; None: never.
+    rests: state -> whether the generator's updates of this iteration, and `keep`, are left out, () bool; None: never.
     keeps_generator: whether `State.generator` is worth keeping at the end.
     fidelity: what the share of `samples` to which the teacher gives their label is called: "label_fidelity" of fresh
       samples, "pool_fidelity" of the pool's.
@@ -128,6 +129,7 @@ class Method:
   shardings: tuple[Tree, Tree] | None = None
   optimisers: Mapping[str, optax.GradientTransformation] = dataclasses.field(default_factory=dict)
   waits: Callable[[State], jax.Array] | None = None
+  rests: Callable[[State], jax.Array] | None = None
   keeps_generator: bool = True
   fidelity: str = "label_fidelity"
 

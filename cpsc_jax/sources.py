@@ -114,20 +114,47 @@ def restored(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
   return datasets.normalise(images, mean, std) if images.dtype == jnp.uint8 else images
 
 
-def real(number: int, mean: Sequence[float], std: Sequence[float], mesh: jax.sharding.Mesh) -> Source:
-  """`number` images of a training split, in the order and from the position in `State.memory` (see `order`).
+def real(
+  number: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  mesh: jax.sharding.Mesh,
+  of: Callable[[Any], datasets.Split] = lambda data: data,
+) -> Source:
+  """`number` images of a training split, in the order and from the position in `State.memory` (see `shuffle`).
 
-  Images are normalised by the mean and standard deviation of each channel, of pixels in [0, 1].
+  Images are normalised by the mean and standard deviation of each channel, of pixels in [0, 1]. The split is that `of`
+  the data.
   """
 
   def source(state: State, _: jax.Array, data: Any) -> tuple[State, Batch]:
     position = state.memory["position"]
     rows = jax.lax.dynamic_slice_in_dim(state.memory["order"], position, number)
-    x, y = jax.lax.with_sharding_constraint((data.images[rows], data.labels[rows]), batch_sharding(mesh))
     memory = {**state.memory, "position": position + number}
-    return state.replace(memory=memory), Batch(datasets.normalise(x, mean, std), y)
+    return state.replace(memory=memory), _rows_of(of(data), rows, mean, std, mesh)
 
   return source
+
+
+def drawn(
+  number: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  mesh: jax.sharding.Mesh,
+  of: Callable[[Any], datasets.Split],
+) -> Source:
+  """As `real`, but each image is drawn by itself, so that one may come twice."""
+
+  def source(state: State, key: jax.Array, data: Any) -> tuple[State, Batch]:
+    split = of(data)
+    return state, _rows_of(split, jax.random.randint(key, (number,), 0, len(split)), mean, std, mesh)
+
+  return source
+
+
+def _rows_of(split: datasets.Split, rows: jax.Array, mean, std, mesh: jax.sharding.Mesh) -> Batch:
+  x, y = jax.lax.with_sharding_constraint((split.images[rows], split.labels[rows]), batch_sharding(mesh))
+  return Batch(datasets.normalise(x, mean, std), y)
 
 
 def empty_order(length: int) -> Tree:
@@ -140,7 +167,8 @@ def shuffle(state: State, key: jax.Array, size: int) -> State:
   length = state.memory["order"].shape[0]
   keys = streams.keys(key, Stream.ORDER, -(-length // size))
   order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys).reshape(-1)[:length]
-  return state.replace(memory={"order": order.astype(jnp.int32), "position": jnp.zeros((), jnp.int32)})
+  new = {"order": order.astype(jnp.int32), "position": jnp.zeros((), jnp.int32)}
+  return state.replace(memory={**state.memory, **new})
 
 
 def mixture(parts: Sequence[Source], mesh: jax.sharding.Mesh) -> Source:

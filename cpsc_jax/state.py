@@ -170,6 +170,7 @@ class View:
     trained: {name: parameters} of what the method trains along.
     memory: the method's own part of the state.
     teach: images -> the teacher's `Output`, for terms of the generator.
+    student_params: the student's own parameters, in its updates.
     targets: as in `Batch`.
   """
 
@@ -182,6 +183,7 @@ class View:
   memory: Tree = None
   teach: Any = struct.field(pytree_node=False, default=None)
   targets: jax.Array | None = None
+  student_params: Tree = None
 
 
 def step_counter() -> jax.Array:

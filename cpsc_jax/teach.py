@@ -61,10 +61,12 @@ def describe_teacher(config: Config, data: Data) -> dict:
   card = checkpoint.read_card(folder)
   if "quantised" in card:
     raise Refusal(f"the net in {folder} is quantised, which a teacher is not; name the float network it was made of.")
+  expected = {"num_classes": tasks.of(config).known(config, spec)}
   for key in ("num_classes", "image_size", "channels"):
-    if card.get(key) != getattr(spec, key):
+    if card.get(key) != expected.get(key, getattr(spec, key)):
       raise Refusal(
-        f"the teacher in {folder} has {key} {card.get(key)}, data set '{data.name}' has {getattr(spec, key)}; set"
+        f"the teacher in {folder} has {key} {card.get(key)}, data set '{data.name}' has"
+        f" {expected.get(key, getattr(spec, key))}; set"
         " config.dataset.name to the data set that it was trained for."
       )
   held_out = config.evaluate.split == "validation" and "train" in spec.sizes
@@ -195,6 +197,20 @@ def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tupl
   setup = Setup(student=student, method=method, mesh=mesh, weights={"student": weights}, teacher=net)
   key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
   return setup, _phase(config, setup, teacher.variables, split, key, data), origin
+
+
+def new_classes(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tuple[Setup, Phase, dict[str, str]]:
+  """As `real_arm`, for a task whose student sees real images of new classes beside what its method draws."""
+  split = data.load_train(config.evaluate.split)
+  origin = {"training_images": split.digest()}
+  kept = data.load_kept(config.evaluate.split, config.incremental.kept) if config.arm == "real_rehearsal" else None
+  setup = tasks.of(config).with_real(config, setup, len(split), teacher.card)
+  program = algorithm.compile_epoch(setup, config.schedule.iterations, real_data=True)
+  key = streams.key(streams.root(config.seed), Stream.DISTILLATION)
+  state = experiment.initial_state(config, setup, key, data.spec.image_shape, teacher.variables)
+  place = replicated(setup.mesh)
+  splits = {"new": split.put(place), "kept": kept and kept.put(place)}
+  return setup, (lambda state: program(state, teacher.variables, splits), state), origin
 
 
 def on_real_data(

@@ -367,7 +367,7 @@ def test_what_a_key_must_not_be_is_refused(name):
     ({"quantise__warmup": 5}, "are 6 epochs together, more than config.schedule.epochs, 2"),
     ({"schedule__epochs": 9, "evaluate__every": 2}, "make that a multiple of config.evaluate.every, 2"),
     ({"reference": True}, "leave it False for task 'quantise'"),
-    ({"task": "incremental"}, "config.task is 'incremental'; it must be one of distil, quantise"),
+    ({"task": "prune"}, "config.task is 'prune'; it must be one of distil, quantise, incremental"),
   ],
 )
 def test_bad_settings_are_refused_before_any_work(changes, word):
@@ -459,9 +459,6 @@ def test_a_saved_net_is_quantised_again_and_no_teacher(tmp_path):
   checkpoint.save_net(tmp_path / "net", variables, card | {"quantised": some.card})
   again = saved.load(tmp_path / "net")
   assert again.net == nets.quantise(net, (8, 8, 1), 4, 4, first=8) and equal(again.variables, variables)
-  for form in ("torch", "safetensors"):
-    with pytest.raises(Refusal, match=f"the net is quantised, and --format {form} has no levels; use --format onnx"):
-      export.export_net(again, form, tmp_path / "q")
   c = quantise_digits.get_config("smoke")
   c.teacher.checkpoint = str(tmp_path / "net")
   with pytest.raises(Refusal, match="is quantised, which a teacher is not; name the float network"):
@@ -469,6 +466,44 @@ def test_a_saved_net_is_quantised_again_and_no_teacher(tmp_path):
   checkpoint.save_net(tmp_path / "other", variables, card | {"quantised": {**some.card, "bits": 4}})
   with pytest.raises(Refusal, match="the card says of the quantised net what is not known here .*; save it again"):
     saved.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+  ("name", "bits"),
+  [
+    ("cifar_resnet8", {"weights": 4, "activations": 4, "first": 8}),
+    ("wrn_10_1", {"weights": 8, "activations": 8, "symmetric": True}),
+    ("vgg11", {"weights": 3, "activations": 5, "last": 32}),
+    ("mobilenet_v2", {"weights": 5, "activations": 6}),
+    ("resnet18", {"weights": 2, "activations": 32}),
+  ],
+)
+def test_pytorch_has_the_levels_and_their_scales(name, bits, tmp_path):
+  torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[test]'")
+  net, variables, x = net_and_variables(name, 32, 3)
+  some = nets.quantise(net, (32, 32, 3), **bits)
+  now = with_ranges(some, variables, (32, 32, 3))
+  card = {"net": name, "num_classes": 10, "image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+  given = saved.SavedNet(some, now, card | {"digest": checkpoint.digest(now), "quantised": some.card})
+  assert export.export_net(given, "torch", tmp_path / "q.pth") < export.QUANTISED_TOLERANCE
+  state = torch.load(tmp_path / "q.pth", weights_only=True)
+  scaled = [key.removesuffix("_scale") for key in state if key.endswith("weight_scale")]
+  assert len(scaled) == some.layers - (bits.get("last") == 32)
+  first = next(key for key in state if key in scaled)
+  for key in scaled:
+    zero = state[f"{key}_zero_point"]
+    shape = (-1, *[1] * (state[key].ndim - 1))
+    levels = state[key].double() / state[f"{key}_scale"].double().reshape(shape) + zero.reshape(shape)
+    highest = 2 ** (bits.get("first", bits["weights"]) if key == first else bits["weights"]) - 1
+    assert (
+      levels - levels.round()
+    ).abs().max() < 1e-3 * highest and -1e-3 < levels.min() <= levels.max() < highest + 0.1
+  assert ("activations.scale" in state) == (bits["activations"] < 32)
+  export.export_net(given, "safetensors", tmp_path / "q.safetensors")
+  from safetensors.torch import load_file
+
+  back = load_file(tmp_path / "q.safetensors")
+  assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize(("weights", "activations", "symmetric"), [(8, 8, True), (4, 4, False)])

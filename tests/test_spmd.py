@@ -43,7 +43,7 @@ def on_one_device(tmp_path_factory):
     pytest.param(2, 4, "dense", "cpsc", 20, marks=pytest.mark.slow),
     pytest.param(2, 4, "blockwise", "cpsc", 20, marks=pytest.mark.slow),
     pytest.param(2, 4, "dense", "rgal", 20, marks=pytest.mark.slow),
-    *(pytest.param(1, 8, "dense", name, 20, marks=pytest.mark.slow) for name in METHODS),
+    *(pytest.param(1, 8, "dense", name, 20, marks=pytest.mark.slow) for name in (*METHODS, "incremental")),
   ],
 )
 def test_iterations_do_not_depend_on_the_devices(

@@ -5,10 +5,12 @@ of the user's. `InMemory` makes a data set of arrays. Both are a `Data`, whose `
 whose `load_train` is for `cpsc_jax.teach` alone. Prepared files are array_record and are read without TensorFlow.
 """
 
+import contextlib
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from cpsc_jax import files
 from cpsc_jax.datasets.arrays import InMemory
+from cpsc_jax.datasets.classes import Classes
 from cpsc_jax.datasets.data import EVALUATION_SPLITS, LARGEST_STATISTIC, Data, Dataset, Split, is_held_out
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.progress import SECONDS_BETWEEN_LINES, say
@@ -28,6 +31,7 @@ __all__ = [
   "DATASETS",
   "EVALUATION_SPLITS",
   "LARGEST_STATISTIC",
+  "Classes",
   "Data",
   "Dataset",
   "InMemory",
@@ -66,6 +70,7 @@ class Prepared(Data):
     """Raises a Refusal if the name is neither a row of DATASETS nor that of a data set prepared in `data_dir`."""
     self.name, self.data_dir = name, resolve_data_dir(data_dir)
     self.spec = DATASETS[name] if name in DATASETS else _read_record(name, self.data_dir)
+    self._labels: dict[str, np.ndarray] = {}
 
   def builder(self) -> "tfds.core.DatasetBuilder":
     """The TFDS builder that reads the data set, found within seconds and without a network.
@@ -92,9 +97,16 @@ class Prepared(Data):
   def class_names(self) -> list[str]:
     return list(self.builder().info.features["label"].names)
 
+  def labels(self, split: str) -> np.ndarray:
+    """As `Data.labels`; no image is decoded."""
+    if split not in self._labels:
+      with self._reading() as builder:
+        source = builder.as_data_source(split=split, decoders={"image": _skip()})
+        self._labels[split] = np.array([example["label"] for example in source], np.int32)
+    return self._labels[split]
+
   def _load(self, split: str, rows: np.ndarray | None = None) -> Split:
-    builder = self.builder()
-    try:
+    with self._reading() as builder:
       source = builder.as_data_source(split=split)
       rows = np.arange(len(source)) if rows is None else rows
       images = np.empty((len(rows), *self.spec.image_shape), np.uint8)
@@ -106,11 +118,17 @@ class Prepared(Data):
           last_line = time.monotonic()
         for i, example in enumerate(source.__getitems__(rows[start : start + READ_AT_ONCE].tolist()), start):
           images[i], labels[i] = example["image"], example["label"]
+    return Split(jnp.asarray(images), jnp.asarray(labels))
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator["tfds.core.DatasetBuilder"]:
+    builder = self.builder()
+    try:
+      yield builder
     except Exception as error:  # array_record and TFDS raise various types for missing and damaged files
       raise Refusal(
         f"{builder.data_dir} is damaged ({first_line(error)}); delete it and prepare '{self.name}' again."
       ) from error
-    return Split(jnp.asarray(images), jnp.asarray(labels))
 
 
 def find(name: str, data_dir: str) -> Data:
@@ -212,6 +230,12 @@ def jitter(key: jax.Array, images: jax.Array, shift: int, flip: bool) -> jax.Arr
   key_roll, key_flip = jax.random.split(key)
   images = jnp.roll(images, jax.random.randint(key_roll, (2,), -shift, shift + 1), axis=(1, 2))
   return jnp.where(jax.random.bernoulli(key_flip), images[:, :, ::-1], images) if flip else images
+
+
+def _skip() -> Any:
+  import tensorflow_datasets as tfds
+
+  return tfds.decode.SkipDecoding()
 
 
 def _read_record(name: str, data_dir: str) -> Dataset:

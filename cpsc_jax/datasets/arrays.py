@@ -67,7 +67,8 @@ class InMemory(Data):
     return list(self._class_names)
 
   def _load(self, split: str, rows: np.ndarray | None = None) -> Split:
-    return Split(jnp.asarray(self._images), jnp.asarray(self._labels))
+    rows = slice(None) if rows is None else rows
+    return Split(jnp.asarray(self._images[rows]), jnp.asarray(self._labels[rows]))
 
 
 def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:

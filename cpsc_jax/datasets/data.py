@@ -131,7 +131,7 @@ class Data(abc.ABC):
     Raises:
       Refusal: no such split, or it cannot be read.
     """
-    self._check_split(split)
+    self.check_split(split)
     if split == "test":
       return self._load(self.spec.test_split)
     return self._load("train", np.flatnonzero(is_held_out(self.spec)))
@@ -144,12 +144,17 @@ class Data(abc.ABC):
     """
     if "train" not in self.spec.sizes:
       raise Refusal(f"data set '{self.name}' has no training split; it can only be evaluated on.")
-    self._check_split(split)
+    self.check_split(split)
     if split == "test":
       return self._load("train")
     return self._load("train", np.flatnonzero(~is_held_out(self.spec)))
 
-  def _check_split(self, split: str) -> None:
+  def labels(self, split: str) -> np.ndarray:
+    """The labels of a stored split, in its order: (N,) int32."""
+    return np.asarray(self._load(split).labels)
+
+  def check_split(self, split: str) -> None:
+    """Raises a Refusal of an evaluation split that there is not."""
     if split not in EVALUATION_SPLITS:
       raise Refusal(f"the evaluation split must be one of {', '.join(EVALUATION_SPLITS)}, got '{split}'.")
     if split == "validation" and not self.spec.validation_size:

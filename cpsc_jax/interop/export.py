@@ -21,7 +21,7 @@ from safetensors import numpy as safetensors
 from cpsc_jax import checkpoint, datasets, nets, saved
 from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal
-from cpsc_jax.interop import convert, torch_nets
+from cpsc_jax.interop import convert, torch_nets, torch_quantised
 from cpsc_jax.progress import say
 
 TOLERANCE = 1e-4  # of the largest output
@@ -51,11 +51,6 @@ def export_net(net: saved.SavedNet, name: str, out: str | pathlib.Path) -> float
   if missing:
     raise Refusal(f"--format {name} needs {' and '.join(missing)}; run: pip install 'cpsc_jax[{form.extra}]'")
   quantised = net.card.get("quantised")
-  if quantised and name in ("torch", "safetensors"):
-    raise Refusal(
-      f"the net is quantised, and --format {name} has no levels; use --format onnx, which has them as 8-bit integers,"
-      " or stablehlo."
-    )
   tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
   # On the CPU: accelerators may round float32 products to fewer bits, a difference that is not the file's.
   beside = [torch_nets.beside(out)] if name == "torch" else []
@@ -92,10 +87,10 @@ def write_torch(path: pathlib.Path, net: saved.SavedNet) -> float:
   """
   import torch
 
-  state_dict = convert.to_torch(net.card["net"], net.variables)
+  state_dict = state_dict_of(net)
   torch.save({key: torch.from_numpy(array.copy()) for key, array in state_dict.items()}, path)
   back = torch.load(path, weights_only=True)
-  differ = weights_differ(net, {key: tensor.numpy() for key, tensor in back.items()})
+  differ = weights_differ(net, state_dict, {key: tensor.numpy() for key, tensor in back.items()})
   module = torch_nets.beside(path)
   module.write_text(torch_nets.source(net, path.name), encoding="utf-8")
   model = runpy.run_path(str(module))["load"]()
@@ -116,10 +111,10 @@ def write_torch(path: pathlib.Path, net: saved.SavedNet) -> float:
 
 def write_safetensors(path: pathlib.Path, net: saved.SavedNet) -> float:
   """The same state dict as safetensors, with `metadata`; returns 0, or infinity if it reads back differently."""
-  state_dict = convert.to_torch(net.card["net"], net.variables)
+  state_dict = state_dict_of(net)
   contiguous = {key: np.ascontiguousarray(array).reshape(array.shape) for key, array in state_dict.items()}
   path.write_bytes(safetensors.save(contiguous, metadata(net.card)))
-  return weights_differ(net, safetensors.load(path.read_bytes()))
+  return weights_differ(net, state_dict, safetensors.load(path.read_bytes()))
 
 
 def write_onnx(path: pathlib.Path, net: saved.SavedNet) -> float:
@@ -208,10 +203,19 @@ def metadata(card: dict[str, Any]) -> dict[str, str]:
   return {"net": card["net"], "digest": card["digest"], **{key: json.dumps(value) for key, value in facts.items()}}
 
 
-def weights_differ(net: saved.SavedNet, state_dict: dict[str, np.ndarray]) -> float:
-  """0.0 if a state dict read back from a file equals the net's variables bit for bit, else infinity."""
-  back = convert.from_torch(net.card["net"], state_dict, net.variables)
-  return 0.0 if checkpoint.digest(back) == net.card["digest"] else float("inf")
+def state_dict_of(net: saved.SavedNet) -> dict[str, np.ndarray]:
+  """{PyTorch key: array} of a net; of a quantised one as `torch_quantised` says."""
+  if isinstance(net.net, nets.Quantised):
+    return torch_quantised.state_dict(net)
+  return convert.to_torch(net.card["net"], net.variables)
+
+
+def weights_differ(net: saved.SavedNet, written: dict[str, np.ndarray], read: dict[str, np.ndarray]) -> float:
+  """0.0 if a state dict read back is the one that was written and is the net, bit for bit, else infinity."""
+  same = written.keys() == read.keys() and all(np.array_equal(array, read[key]) for key, array in written.items())
+  if same and not isinstance(net.net, nets.Quantised):
+    same = checkpoint.digest(convert.from_torch(net.card["net"], read, net.variables)) == net.card["digest"]
+  return 0.0 if same else float("inf")
 
 
 def largest_difference(

@@ -35,10 +35,12 @@ def method(parts: Parts) -> Method:
   config = parts.config
   found = METHODS[config.method].method(parts)
   generator, student = rgal.triplet_terms(config)
+  generator |= parts.more.get("generator", {})
+  student |= {"features": terms.FEATURES, **parts.more.get("student", {})}
   return dataclasses.replace(
     found,
     generator_terms=active(config, "generator", {**found.generator_terms, **generator}),
-    student_terms=active(config, "student", {**found.student_terms, **student, "features": terms.FEATURES}),
+    student_terms=active(config, "student", {**found.student_terms, **student}),
   )
 
 

@@ -30,6 +30,7 @@ class Parts:
     trained_head: whether the student has a feature head that learns.
     mean, std: of the teacher's input, per channel, of pixels in [0, 1].
     num_classes: of the teacher.
+    more: {player: terms} that the task brings.
     augment: what the student's images go through before it sees them (`Player.augment`).
   """
 
@@ -44,6 +45,7 @@ class Parts:
   std: tuple[float, ...] = ()
   num_classes: int = 0
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  more: dict[str, dict[str, Term]] = dataclasses.field(default_factory=dict)
 
 
 def student_source(parts: Parts) -> tuple[Callable[[jax.Array], Tree], sources.Source, Tree]:

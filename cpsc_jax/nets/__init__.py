@@ -34,6 +34,7 @@ from cpsc_jax.nets.layers import (
   HEAD,
   Dtype,
   FeatureHead,
+  RelationMaps,
   ReLU,
   StageProjections,
   observe_batch_norm,
@@ -175,7 +176,7 @@ def init(net: nn.Module, key: jax.Array, *inputs: jax.Array, kernels: str = "kai
   What a feature head or stage projections are put around starts as it would by itself. With `kernels` "torch" all
   convolutions start from PyTorch's default, U(-1, 1) / sqrt(fan in), in place of what the net has for them.
   """
-  if isinstance(net, FeatureHead | StageProjections):
+  if isinstance(net, FeatureHead | StageProjections | RelationMaps):
     inner = init(net.net, key, *inputs, kernels=kernels)
     outer = _fresh(net, streams.key(key, Stream.HEAD_INIT), *inputs)
     return {name: {**outer[name], **({"net": inner[name]} if inner[name] else {})} for name in outer}
@@ -304,7 +305,7 @@ def deployed(net: nn.Module, variables: Tree) -> tuple[nn.Module, Tree]:
   Feature head and projections are taken off. A net with a field `dtype` of 16 bits gets None there, so that it computes
   in the precision of its parameters, float32.
   """
-  while isinstance(net, FeatureHead | StageProjections):
+  while isinstance(net, FeatureHead | StageProjections | RelationMaps):
     net, variables = net.net, {collection: tree["net"] if tree else {} for collection, tree in variables.items()}
   return _in_full_precision(net), variables
 
@@ -347,6 +348,7 @@ __all__ = [
   "NoisyLayers",
   "Quantised",
   "ReLU",
+  "RelationMaps",
   "StageProjections",
   "adapt",
   "classifier",

@@ -188,6 +188,32 @@ class StageProjections(nn.Module):
     return out.replace(projected=projected)
 
 
+class RelationMaps(nn.Module):
+  """A classifier with two linear maps of its features to twice their width, which its terms apply (R-DFCIL).
+
+  Parameters maps/before and maps/now, (D, 2 D), of the previous network's features and of `net`'s. Its output is
+  that of `net`.
+  """
+
+  net: nn.Module
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> Output:
+    out = self.net(x, train=train)
+    Maps(name="maps")(out.pooled)
+    return out
+
+
+class Maps(nn.Module):
+  """The parameters of `RelationMaps`, as PyTorch draws those of a linear layer."""
+
+  @nn.compact
+  def __call__(self, features_ND: jax.Array) -> None:
+    width = features_ND.shape[-1]
+    for name in ("before", "now"):
+      self.param(name, torch_uniform(width), (width, 2 * width))
+
+
 def unit(features_ND: jax.Array) -> jax.Array:
   """Rows scaled to unit L2 norm; rows shorter than 1e-12 are divided by 1e-12, as PyTorch does."""
   x = at_least_float32(features_ND)

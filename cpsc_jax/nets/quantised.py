@@ -58,9 +58,14 @@ def _straight_through(primals, tangents):
 
 def quantised_weights(kernel: jax.Array, bits: int, symmetric: bool = False) -> jax.Array:
   """A kernel (..., K), each of whose K output channels has the levels between its own minimum and maximum."""
+  return fake_quantised(kernel, *weight_grid(kernel, bits, symmetric), jnp.float32(2**bits - 1))
+
+
+def weight_grid(kernel: jax.Array, bits: int, symmetric: bool = False) -> tuple[jax.Array, jax.Array]:
+  """The `grid` (K,) of each output channel of a kernel (..., K)."""
   axes = tuple(range(kernel.ndim - 1))
   low, high = (stop_gradient(at_least_float32(end(kernel, axes))) for end in (jnp.min, jnp.max))
-  return fake_quantised(kernel, *grid(low, high, bits, symmetric), jnp.float32(2**bits - 1))
+  return grid(low, high, bits, symmetric)
 
 
 class Quantised(nn.Module):
@@ -174,6 +179,25 @@ def quantise(
     )
   ends = first or weights, last or weights
   return Quantised(net, weights, activations, *ends, symmetric, len(called), calibration, momentum)
+
+
+def call_order(
+  net: Quantised, variables: Tree, image_shape: tuple[int, ...]
+) -> tuple[list[tuple[tuple[str, ...], int]], list[tuple[str, ...]]]:
+  """([(path, bits of the weights) of each layer], [path of each ReLU]), as a call reaches them; nothing is computed."""
+  layers, relus = [], []
+
+  def watch(next_call, args, kwargs, context):
+    if context.method_name == "__call__":
+      if _is_layer(context.module):
+        layers.append((context.module.path, net._bits(len(layers))))
+      if isinstance(context.module, ReLU):
+        relus.append(context.module.path)
+    return next_call(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    jax.eval_shape(lambda x: net.wrapped_module.apply(variables, x, train=False), jnp.zeros((1, *image_shape)))
+  return layers, relus
 
 
 def words(card: dict[str, Any]) -> str:

@@ -4,10 +4,10 @@ from typing import Any
 
 from cpsc_jax import methods
 from cpsc_jax.errors import Refusal
-from cpsc_jax.tasks import quantise
+from cpsc_jax.tasks import incremental, quantise
 from cpsc_jax.tasks.base import Task
 
-TASKS: dict[str, Task] = {"distil": Task(), "quantise": quantise.TASK}
+TASKS: dict[str, Task] = {"distil": Task(), "quantise": quantise.TASK, "incremental": incremental.TASK}
 
 
 def of(config: Any) -> Task:

@@ -82,11 +82,11 @@ def method(config: Config, base: Method, iterations: int) -> Method:
   return dataclasses.replace(base, waits=waits) if warmup else base
 
 
-def optimiser(config: Config, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+def optimiser(config: Config, tx: optax.GradientTransformation, steps: int, *_: Any) -> optax.GradientTransformation:
   return optim.after(config.quantise.calibration * steps, tx)
 
 
-def begin(config: Config, setup: Setup, state: State, image_shape: tuple[int, int, int]) -> State:
+def begin(config: Config, setup: Setup, state: State, image_shape: tuple[int, int, int], teacher: Tree) -> State:
   """Until images calibrate them, the ranges of activations are what batch norms promise."""
 
   def with_ranges(net: Any, variables: Tree) -> Tree:

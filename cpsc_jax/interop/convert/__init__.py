@@ -29,6 +29,11 @@ def to_torch(name: str, variables: dict[str, Any]) -> dict[str, np.ndarray]:
   return mapping.to_torch(_naming(name), variables)
 
 
+def torch_key(name: str, path: tuple[str, ...], ndim: int) -> str:
+  """The PyTorch key of the parameter at `path`, an array of `ndim` axes, of the net called `name`."""
+  return mapping.torch_key(_naming(name), "/".join(path[:-1]), path[-1], ndim)
+
+
 def classifier_from_torch(state_dict: dict[str, np.ndarray], like: dict[str, Any]) -> dict[str, Any]:
   """`from_torch` for the data-free distillation zoo: its ResNet, wide ResNet or VGG, with or without a feature head."""
   return mapping.from_torch(families.ZOO, state_dict, like)

@@ -50,7 +50,7 @@ def from_torch(naming: Naming, state_dict: dict[str, np.ndarray], like: dict[str
 
   def fill(path, want):
     module, leaf = _split(path)
-    key = _torch_key(naming, module, leaf, len(want.shape))
+    key = torch_key(naming, module, leaf, len(want.shape))
     if key not in state_dict:
       missing.append(key)
       return want
@@ -76,7 +76,7 @@ def to_torch(naming: Naming, variables: dict[str, Any]) -> dict[str, np.ndarray]
   width, state_dict = _first_width(variables), {}
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     module, leaf = _split(path)
-    key = _torch_key(naming, module, leaf, np.ndim(value))
+    key = torch_key(naming, module, leaf, np.ndim(value))
     array = naming.layouts.get(module, PLAIN).to_torch(leaf, np.asarray(value), width)
     state_dict[key] = np.ascontiguousarray(array).reshape(array.shape)
     if leaf == "mean":
@@ -89,9 +89,9 @@ def _split(path):
   return "/".join(module), leaf
 
 
-def _torch_key(naming, module, leaf, ndim):
+def torch_key(naming, module, leaf, ndim):
   if module.startswith("net/"):  # the net inside a feature head
-    return "model." + _torch_key(naming, module.removeprefix("net/"), leaf, ndim)
+    return "model." + torch_key(naming, module.removeprefix("net/"), leaf, ndim)
   for pattern, replacement in (*naming.modules, (r"head_(\d)", r"head.\1"), (r"\w+", lambda m: m[0])):
     match = re.fullmatch(pattern, module)
     if match:

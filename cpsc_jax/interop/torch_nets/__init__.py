@@ -12,6 +12,7 @@ from typing import Any
 
 from cpsc_jax import nets, saved
 from cpsc_jax.errors import Refusal
+from cpsc_jax.interop import torch_quantised
 from cpsc_jax.nets.generators import CifarGenerator, DCGANGenerator
 from cpsc_jax.nets.mobilenet import MobileNetV2
 from cpsc_jax.nets.resnet import Bottleneck, ResNet
@@ -75,9 +76,10 @@ def source(net: saved.SavedNet, weights: str) -> str:
   Raises:
     Refusal: no such module is known for the net.
   """
-  if type(net.net) not in _SOURCES:
+  bare = net.net.wrapped_module if isinstance(net.net, nets.Quantised) else net.net
+  if type(bare) not in _SOURCES:
     raise Refusal(f"no PyTorch module is known for {net.card['net']}; choose another --format, such as onnx.")
-  files, arguments = _SOURCES[type(net.net)]
+  files, arguments = _SOURCES[type(bare)]
   card = net.card
   facts = {key: card[key] for key in ("digest", "num_classes", "channels", "image_size")}
   head = _HEAD.format(
@@ -89,9 +91,16 @@ def source(net: saved.SavedNet, weights: str) -> str:
     mean=tuple(card["mean"]),
     std=tuple(card["std"]),
     class_names=tuple(saved.class_names(card)),
-    arguments=arguments(net),
+    arguments=arguments(net._replace(net=bare)),
     **facts,
   )
+  if bare is not net.net:
+    head = head.replace("import pathlib\n", "import pathlib\nimport threading\n")
+    facts = torch_quantised.facts(net)
+    head += "".join(f"{name} = {value!r}\n" for name, value in facts.items())
+    body = "\n\n".join(map(_body, files))
+    body = torch_quantised.with_rounding(body) if facts["ACTIVATIONS"] else body
+    return "\n\n".join([head, body, _body("quantised_ending")])
   ending = "generator_ending" if net.is_generator else "classifier_ending"
   return "\n\n".join([head, *map(_body, (*files, ending))])
 

@@ -1,0 +1,28 @@
+"""cpsc-jax --config incremental_digits
+
+Data-free class-incremental learning on scikit-learn's 8x8 digits: a WRN-16-1 learns two classes at a time. Of the
+classes of earlier phases it sees samples that CPSC's generator draws from the network before. docs/incremental.md has
+the accuracies.
+
+The controls: --config.arm=no_rehearsal, lwf, real_rehearsal, joint, untrained_generator.
+"""
+
+from cpsc_jax.configs import default, digits, incremental_cifar10
+
+from cpsc_jax import schema
+
+
+def get_config(variant=""):
+  c = digits.get_config()
+  schema.add_keys_of_task(c, "incremental")
+  with c.unlocked():
+    c.name = "incremental_digits"
+    incremental_cifar10.learning(c)
+    c.incremental.batch_size = c.schedule.batch_size = 64
+    c.schedule.epochs, c.schedule.iterations = 10, 20
+    c.student.steps, c.student.lr, c.student.crop_pad = 2, 0.02, 1
+    c.evaluate.every = c.evaluate.diagnostics_every = 5
+    default.apply_variant(c, variant)
+    if variant == "smoke":
+      incremental_cifar10.shortened(c)
+  return c
