@@ -38,7 +38,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     groups=_group_table(groups),
     charts=[_compared(runs, score, colours, dashed) for score in SCORES if _has(runs, score)],
     legend=entries,
-    grids=[{**sheet, "name": run.name} for run in runs if (sheet := sheet(run, 6))],
+    grids=[{**shown, "name": run.name} for run in runs if (shown := sheet(run, 6))],
     runs=_run_table(runs),
     differences=_config_table(runs),
   )
