@@ -79,6 +79,7 @@ def kept(workdir: pathlib.Path) -> dict | None:
   results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
   phases = results.get("incremental")
   more = {"incremental": phases} if phases else {"curve": curve(workdir, results)}
+  more |= {name: results[name] for name in ("quantised",) if name in results}
   return {key: results[key] for key in KEPT} | origin | more
 
 
@@ -89,6 +90,9 @@ def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
   columns = (*columns, "fidelity", "student's images", "seconds")
   if any("incremental" in run for runs in found.values() for run in runs):
     columns = ("row", "seeds", AVERAGE, "mean", "deviation", against, "at the end", "forgetting", "seconds")
+  elif any("quantised" in run for runs in found.values() for run in runs):
+    columns = ("row", "seeds", "without data", "calibrated", "last epoch", "mean", "deviation", against)
+    columns = (*columns, "gap to teacher", "agreement", "seconds")
   columns = [name for name in columns if name]
   lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   for row in plan.rows:
@@ -128,6 +132,9 @@ def _cells(runs: list[dict]) -> dict[str, str]:
   generators = [r["generator"] for r in runs if r["generator"]]
   fidelity = [g[fidelity_name(g)] for g in generators if g[fidelity_name(g)] is not None]
   pool = " (pool)" if fidelity and fidelity_name(generators[0]) == "pool_fidelity" else ""
+  if stages := [r["quantised"] for r in runs if "quantised" in r]:
+    for stage in ("without_data", "calibrated"):
+      common[stage.replace("_", " ")] = ", ".join(f"{of[stage]:.4f}" for of in stages)
   return common | {
     "last epoch": ", ".join(f"{value:.4f}" for value in accuracies),
     "best epoch": ", ".join(f"{entry['accuracy']:.4f} at {entry['epoch']}" for entry in best),

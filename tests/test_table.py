@@ -128,6 +128,25 @@ def test_rows_are_compared_with_the_base_seed_by_seed():
   assert "| other | not measured |" in table.table(plans.Plan("p", "a pair", rows, base="base"), {"base": runs["base"]})
 
 
+def test_other_tasks_have_columns_of_their_own():
+  rows = (plans.Row("base", "digits", seeds=(0, 1)), plans.Row("other", "digits", seeds=(0, 1)))
+  plan = plans.Plan("p", "a pair", rows, base="base")
+
+  def phases(seed, average):
+    found = {"accuracy": [1.0, average - 0.1], "average": average, "forgetting": 0.2}
+    return finished(seed, average - 0.1) | {"incremental": found}
+
+  runs = {"base": [phases(0, 0.8), phases(1, 0.9)], "other": [phases(0, 0.7), phases(1, 0.8)]}
+  text = table.table(plan, runs)
+  assert "| row | seeds | average incremental accuracy | mean | deviation | against base | at the end | forg" in text
+  assert "| other | 0, 1 | 0.7000, 0.8000 | 0.7500 | 0.0707 | -0.1000 ± 0.0000 | 0.6500 | 0.2000 | 30 |" in text
+  stages = {"quantised": {"without_data": 0.5, "calibrated": 0.75}}
+  runs = {"base": [finished(0, 0.9) | stages], "other": []}
+  text = table.table(plan, runs)
+  assert "| row | seeds | without data | calibrated | last epoch | mean | deviation | against base | gap to" in text
+  assert "| base | 0 | 0.5000 | 0.7500 | 0.9000 | 0.9000 |  |  | 0.0900 | 0.9000 | 30 |" in text
+
+
 def test_rows_are_given_the_teachers_of_another(tmp_path, plan, capsys):
   """Those of their seed, after all of them are trained; of an unfinished row there is none."""
   out = tmp_path / "out"
