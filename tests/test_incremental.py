@@ -503,7 +503,8 @@ def test_a_phase_that_was_interrupted_goes_on_bit_identically(finished_phases, d
 
   def stopped(*args, **options):
     def stop(entry):
-      raise KeyboardInterrupt
+      if entry["epoch"] == 2:
+        raise KeyboardInterrupt
 
     return runs.run(*args, **options, on_epoch=stop)
 
@@ -540,6 +541,13 @@ def test_a_phase_is_not_run_by_hand(digits_dir, tmp_path, capsys):
   flags = ["--config.incremental.known=4", "--config.teacher.checkpoint=somewhere"]
   assert main(command(tmp_path / "w", digits_dir, *flags, config=SMOKE)) == 2
   assert "config.incremental.known is 4; it is set for each phase" in capsys.readouterr().err
+
+
+def test_what_does_not_go_through_phases_refuses_it(digits_dir, tmp_path):
+  c = settings(dataset__data_dir=str(digits_dir))
+  with pytest.raises(Refusal, match="is a run for each phase; start it by cpsc-jax --config"):
+    runs.run(c, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
 
 
 def test_a_dry_run_lists_the_phases(digits_dir, tmp_path, capsys):

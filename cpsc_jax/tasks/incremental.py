@@ -115,9 +115,16 @@ def known(config: Config, spec: Dataset) -> int:
 
 
 def of_teacher(config: Config, card: dict) -> Config:
-  """The student is the previous network."""
+  """The student is the previous network.
+
+  Raises:
+    Refusal: the config is that of all phases, which is several runs.
+  """
   if not config.incremental.known:
-    return config
+    raise Refusal(
+      "class-incremental learning is a run for each phase; start it by cpsc-jax --config, or cpsc_jax.phases.run from"
+      " Python: neither sweeps nor cpsc_jax.distill go through phases."
+    )
   config = ml_collections.ConfigDict(config.to_dict())
   config.student.net, config.student.inherit = card["net"], config.arm != "joint"
   return config
