@@ -61,6 +61,7 @@ def test_an_order_is_given_or_shuffled_by_a_seed():
     ({"arm": "real_kd"}, "config.arm is 'real_kd', which is none of task 'incremental'; its arms are distill, untr"),
     ({"reference": True}, "config.reference is True, which class-incremental learning does not have; set it to False"),
     ({"student__micro_batches": 2}, "config.student.micro_batches is 2, which class-incremental learning does not"),
+    ({"loss__student__channel": 0.1, "loss__student__relation": 0.5}, "channel and relation each put something"),
     ({"incremental__warmup": 2}, "warmup and refine are 2 epochs together, and config.schedule.epochs is 2"),
     ({"incremental__rests": True}, "rests is True, but incremental.warmup is 0: the generator would never learn"),
     ({"incremental__refine": 1}, "refine needs config.loss.student.refine, whose weight is 0"),

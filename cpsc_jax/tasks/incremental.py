@@ -95,10 +95,11 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     ("reference", config.reference, False),
     ("student.classifier", config.student.classifier, "own"),
     ("student.micro_batches", config.student.micro_batches, 1),
-    ("loss.student.channel", config.loss.student.channel, 0.0),
   ):
     if value != wanted:
       raise Refusal(f"config.{key} is {value}, which class-incremental learning does not have; set it to {wanted}.")
+  if config.loss.student.channel and config.loss.student.relation:
+    raise Refusal("config.loss.student.channel and relation each put something around the student; set one to 0.")
   if c.warmup + c.refine >= config.schedule.epochs:
     raise Refusal(
       f"config.incremental.warmup and refine are {c.warmup + c.refine} epochs together, and config.schedule.epochs is"
