@@ -14,7 +14,7 @@ from scipy import stats
 from test_report import change, made_up
 
 from cpsc_jax import page, report
-from cpsc_jax.page import svg
+from cpsc_jax.page import published, svg
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 CLOSED_AT_ONCE = {"line", "circle", "rect", "polyline"}  # of SVG, unless they have a title
@@ -259,6 +259,25 @@ def test_control_arms_beside_a_run_are_in_its_verdict(tmp_path):
   (tmp_path / "damaged" / "results.json").write_text("{")
   read = check_numbers(page_of(folder), {"run": folder, "control": arm}, at_least=100)
   assert read.text.count("Control, ") == 1 and "untrained generator" in read.text
+
+
+def test_figures_of_others_stand_beside_a_run_of_their_pair(tmp_path):
+  folder, title = write_run(tmp_path / "a"), "Published by others for these networks"
+  assert title not in Reader(page_of(folder)).text
+
+  def of_a_pair(results):
+    results["config"]["dataset"]["name"] = "cifar100"
+    results["teacher"]["net"], results["student"]["net"] = "wrn_40_2", "wrn_16_1"
+
+  change(folder, "results.json", of_a_pair)
+  text = Reader(page_of(folder)).text
+  assert title in text and "from another teacher (75.83)" in text and "the student has 65.31" in text
+  shown = re.sub(r"\s+", "", text)
+  assert "DFQ54.7721.06CMI57.9117.92FastDFKD,10steps54.0221.81" in shown and "AdaDFKD" not in shown
+  of_resnets = published.FIGURES["cifar10", "resnet34", "resnet18"]
+  assert list(of_resnets.methods) == ["DAFL", "ZSKT", "DFQ", "CMI", "FastDFKD, 10 steps", "AdaDFKD"]
+  change(folder, "results.json", lambda results: results["config"].update(task="quantise"))
+  assert title not in Reader(page_of(folder)).text
 
 
 def test_comparison(tmp_path, capsys):

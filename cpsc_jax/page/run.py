@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from cpsc_jax.page import svg
+from cpsc_jax.page import published, svg
 from cpsc_jax.page.base import (
   MOST_CLASSES,
   SCORES,
@@ -44,6 +44,7 @@ def run_page(run: Run, control_arms: Sequence["Run"] = ()) -> str:
     verdict=_verdict(run),
     arms=[_arm(run, arm) for arm in control_arms],
     status=status(run),
+    published=published.of(results),
     tiles=_tiles(run),
     warnings=[str(warning) for warning in there.get("warnings", ())],
     diagnosed=run.last_diagnosis,
