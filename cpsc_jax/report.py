@@ -107,7 +107,8 @@ def write_phases(workdir: str | pathlib.Path, results: dict[str, Any]) -> list[p
   table.imshow(matrix, cmap="Blues", vmin=0, vmax=1.2)
   if len(phases) <= 12:
     for row, column in zip(*np.nonzero(~np.isnan(matrix)), strict=True):
-      table.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=8)
+      colour = "white" if matrix[row, column] > 0.6 else "black"
+      table.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", fontsize=8, color=colour)
   table.set_xlabel("classes of phase")
   table.set_ylabel("after phase")
   for axis in (table.set_xticks, table.set_yticks):
