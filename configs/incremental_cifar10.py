@@ -1,9 +1,10 @@
 """cpsc-jax --config incremental_cifar10
 
-Data-free class-incremental learning on CIFAR-10: a small ResNet-32 learns two classes at a time. Of the classes of
-earlier phases it sees samples that CPSC's generator draws from the network before. Accuracy of this code: not measured.
+Data-free class-incremental learning on CIFAR-10: a ResNet-32 learns two classes at a time. Of the classes of earlier
+phases it sees samples that CPSC's generator draws from the network before. Accuracy of this code: not measured.
 
-The controls: --config.arm=no_rehearsal, lwf, real_rehearsal, joint, untrained_generator.
+`--config incremental_cifar10:cpu` is a WRN-16-1, cut to two CPU cores. The controls: --config.arm=no_rehearsal, lwf,
+real_rehearsal, joint, untrained_generator.
 """
 
 from cpsc_jax.configs import cifar10, default
@@ -17,8 +18,14 @@ def get_config(variant=""):
   with c.unlocked():
     c.name = "incremental_cifar10"
     learning(c)
-    c.teacher.net = "small_resnet32"
-    default.apply_variant(c, variant)
+    c.teacher.net, c.teacher.batch_size = "cifar_resnet32", 128
+    c.incremental.batch_size = c.schedule.batch_size = 128
+    c.incremental.warmup = 5
+    c.schedule.epochs, c.schedule.iterations = 65, 78  # an epoch goes once through the 10,000 images of two classes
+    c.generator.update({"steps": 2, "schedule": "cosine"})
+    c.student.update({"steps": 1, "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 0, "crop_pad": 4, "flip": True})
+    c.evaluate.every = 5
+    default.apply_variant(c, variant, on_cpu)
     if variant == "smoke":
       shortened(c)
   return c
@@ -29,9 +36,17 @@ def learning(c):
   default.set_weights(
     c,
     generator={"ce": 4.0, "bn": 1.0, "adversarial": 1.0},
-    student={"kd": 1.0, "local": 0.0, "balanced": 1.0},
+    student={"kd": 1.0, "balanced": 1.0, "old_features": 0.3},
   )
   c.generator.student_mode = "eval"
+  c.student.norm_parts = 2  # real images and samples are normalised apart
+
+
+def on_cpu(c):
+  c.teacher.update({"epochs": 12, "batch_size": 64})
+  c.incremental.update({"batch_size": 64, "warmup": 4})
+  c.schedule.update({"epochs": 24, "iterations": 40, "batch_size": 64})
+  c.generator.steps, c.student.lr = 1, 0.05
 
 
 def shortened(c):

@@ -24,7 +24,7 @@ def get_config(variant=""):
     if variant == "abd":
       abd(c)
     elif variant == "cpsc":
-      incremental_cifar10.learning(c)
+      conditional(c)
     default.apply_variant(c, "" if variant in ("abd", "cpsc") else variant)
     if variant == "smoke":
       incremental_cifar10.shortened(c)
@@ -49,6 +49,14 @@ def published(c):
     generator={"confident": 1.0, "even": 1.0, "moments": 50.0, "smooth": 1e-3},
     student={"local": 0.5, "old_logits": 0.15, "relation": 0.5, "refine": 0.5},
   )
+
+
+def conditional(c):
+  """CPSC's generator in the same phases."""
+  incremental_cifar10.learning(c)
+  c.incremental.update({"balance": "none", "rests": False, "refine": 0})
+  c.schedule.epochs = 173
+  c.generator.update({"conditional": True, "latent_dim": 256, "steps": 2, "b1": 0.5, "schedule": "cosine"})
 
 
 def abd(c):

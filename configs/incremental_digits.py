@@ -19,9 +19,10 @@ def get_config(variant=""):
     c.name = "incremental_digits"
     incremental_cifar10.learning(c)
     c.incremental.batch_size = c.schedule.batch_size = 64
-    c.schedule.epochs, c.schedule.iterations = 10, 20
-    c.student.steps, c.student.lr, c.student.crop_pad = 2, 0.02, 1
-    c.evaluate.every = c.evaluate.diagnostics_every = 5
+    c.schedule.epochs, c.schedule.iterations, c.incremental.warmup = 12, 40, 2
+    c.generator.steps = 2
+    c.student.steps, c.student.lr, c.student.warmup_epochs = 2, 0.02, 0
+    c.evaluate.every = c.evaluate.diagnostics_every = 6
     default.apply_variant(c, variant)
     if variant == "smoke":
       incremental_cifar10.shortened(c)

@@ -62,6 +62,7 @@ def test_an_order_is_given_or_shuffled_by_a_seed():
     ({"reference": True}, "config.reference is True, which class-incremental learning does not have; set it to False"),
     ({"student__micro_batches": 2}, "config.student.micro_batches is 2, which class-incremental learning does not"),
     ({"loss__student__channel": 0.1, "loss__student__relation": 0.5}, "channel and relation each put something"),
+    ({"student__norm_parts": 2, "incremental__batch_size": 33}, "norm_parts is 2, which does not divide the 65 images"),
     ({"incremental__warmup": 2}, "warmup and refine are 2 epochs together, and config.schedule.epochs is 2"),
     ({"incremental__rests": True}, "rests is True, but incremental.warmup is 0: the generator would never learn"),
     ({"incremental__refine": 1}, "refine needs config.loss.student.refine, whose weight is 0"),
@@ -88,8 +89,14 @@ def test_its_arms_belong_to_no_other_task(arm):
     config.resolve(c, DIGITS, mesh.make_mesh())
 
 
-@pytest.mark.parametrize("variant", ["", "smoke"])
-@pytest.mark.parametrize("module", [incremental_digits, incremental_cifar10, incremental_cifar100])
+@pytest.mark.parametrize(
+  ("module", "variant"),
+  [
+    *((module, variant) for module in (incremental_digits, incremental_cifar10) for variant in ("", "smoke")),
+    (incremental_cifar10, "cpu"),
+    *((incremental_cifar100, variant) for variant in ("", "smoke", "abd", "cpsc")),
+  ],
+)
 def test_configs_are_complete_and_resolve(module, variant):
   c = module.get_config(variant)
   assert dict(schema.flatten(c)).keys() == schema.keys_of(c.method, "incremental").keys()

@@ -98,6 +98,12 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   ):
     if value != wanted:
       raise Refusal(f"config.{key} is {value}, which class-incremental learning does not have; set it to {wanted}.")
+  both = c.batch_size + config.schedule.batch_size
+  if both % config.student.norm_parts:
+    raise Refusal(
+      f"config.student.norm_parts is {config.student.norm_parts}, which does not divide the {both} images of a student's"
+      " batch, incremental.batch_size and schedule.batch_size together; choose a divisor, such as 2 for equal sizes."
+    )
   if config.loss.student.channel and config.loss.student.relation:
     raise Refusal("config.loss.student.channel and relation each put something around the student; set one to 0.")
   if c.warmup + c.refine >= config.schedule.epochs:
@@ -339,7 +345,10 @@ def with_real(config: Config, setup: Setup, size: int, card: dict) -> Setup:
     student_terms, weights = _of_arm(config)
     method = Method(generator_terms={}, student_terms=student_terms, source=source, init=init, begin=begin)
     teacher = setup.teacher if config.arm == "lwf" else None
+    # Parts of a batch are its two kinds of images, of which most arms have one.
+    parts_of_norms = setup.student.norm_parts if config.arm == "real_rehearsal" else 1
     changed = {"method": method, "weights": {"student": weights}, "teacher": teacher, "generator": None}
+    changed["student"] = dataclasses.replace(setup.student, norm_parts=parts_of_norms)
     return dataclasses.replace(setup, **changed)
   shardings = base.shardings
   if shardings:
