@@ -102,7 +102,8 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   if both % config.student.norm_parts:
     raise Refusal(
       f"config.student.norm_parts is {config.student.norm_parts}, which does not divide the {both} images that a"
-      " student's batch has, incremental.batch_size and schedule.batch_size together; choose a divisor, such as 2 for equal sizes."
+      " student's batch has, incremental.batch_size and schedule.batch_size together; choose a divisor, such as 2 for"
+      " equal sizes."
     )
   if config.loss.student.channel and config.loss.student.relation:
     raise Refusal("config.loss.student.channel and relation each put something around the student; set one to 0.")
