@@ -31,16 +31,19 @@ def iteration(
   def run(state: State, _: Any) -> tuple[State, dict[str, Losses]]:
     key = streams.nth(state.key, Stream.ITERATIONS, state.step)
     state = method.begin(state, streams.key(key, Stream.BEGIN))
+    acts = generator and generator.steps
+    generator_keys = streams.keys(key, Stream.GENERATOR_STEPS, generator.steps) if acts else None
+    keep_key = streams.key(key, Stream.KEEP)
+    student_keys = streams.keys(key, Stream.STUDENT_STEPS, student.steps)
 
     def synthesise(state: State) -> tuple[State, dict[str, Losses]]:  # min L_G over G; S, T fixed
       losses = {}
-      if generator and generator.steps:
-        keys = streams.keys(key, Stream.GENERATOR_STEPS, generator.steps)
-        state, losses["generator"] = jax.lax.scan(generator_step, state, keys)
-      return method.keep(state, streams.key(key, Stream.KEEP), teach), losses
+      if acts:
+        state, losses["generator"] = jax.lax.scan(generator_step, state, generator_keys)
+      return method.keep(state, keep_key, teach), losses
 
     def learn(state: State) -> tuple[State, Losses]:  # min L_S over S; G, T fixed
-      return jax.lax.scan(student_step, state, streams.keys(key, Stream.STUDENT_STEPS, student.steps))
+      return jax.lax.scan(student_step, state, student_keys)
 
     state, losses = unless(method.rests, synthesise, state)
     state, losses["student"] = unless(method.waits, learn, state)

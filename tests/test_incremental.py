@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, made_once
 from cpsc_jax.configs import incremental_cifar10, incremental_cifar100, incremental_digits
 from test_configs import right, wrong
 
@@ -324,7 +324,10 @@ def test_the_student_begins_as_the_previous_network_with_more_rows():
 
 
 def test_the_classifier_term_moves_the_classifier_alone():
-  c, setup, teacher = resolved(loss__student__classifier=1.0, loss__student__balanced=0.0, loss__student__kd=0.0)
+  c, setup, teacher = resolved(
+    loss__student__classifier=1.0,
+    **{f"loss__student__{name}": 0.0 for name in ("balanced", "kd", "old_features")},
+  )
   state = begun(c, setup, teacher)
   assert list(setup.method.student_terms) == ["classifier"]
   state, batch = setup.method.source(state, jax.random.key(0), real_images())
@@ -452,28 +455,34 @@ def test_then_optimisers_follow_each_other():
 # A run and its files.
 
 
-@pytest.fixture(scope="module")
-def finished_phases(tmp_path_factory, digits_dir):
-  """(folder, what was opened phase by phase) of a finished run of seconds in 3 phases."""
-  workdir, watched = tmp_path_factory.mktemp("incremental") / "w", Watched(digits_dir)
+@pytest.fixture(scope="session")
+def finished_phases(common, digits_dir):
+  """(folder, config, what was opened phase by phase) of a finished run of seconds in 3 phases; tests leave it so."""
   c = settings(incremental__phases=3, incremental__first=4, incremental__order="7,3,9,0,1,2,4,5,6,8")
   c.schedule.epochs = 2
   c.evaluate.every = c.checkpoint.every = 1
-  phases.run(c, workdir, data=watched)
-  return workdir, c, watched
+  opened = common / "phases_opened.json"
+
+  def run():
+    watched = Watched(digits_dir)
+    phases.run(c, common / "phases", data=watched)
+    opened.write_text(json.dumps([sorted(each) for each in watched.opened]))
+
+  path = made_once(common / "phases", run)
+  return path, c, [set(each) for each in json.loads(opened.read_text())]
 
 
 def test_no_image_of_an_earlier_phase_is_opened_again(finished_phases):
-  assert finished_phases[2].opened == [{7, 3, 9, 0}, {1, 2, 4}, {5, 6, 8}]
+  assert finished_phases[2] == [{7, 3, 9, 0}, {1, 2, 4}, {5, 6, 8}]
 
 
-def test_results_have_the_accuracies_of_every_phase(finished_phases):
-  workdir, c, watched = finished_phases
+def test_results_have_the_accuracies_of_every_phase(finished_phases, digits_dir):
+  workdir, _, _ = finished_phases
   results = json.loads((workdir / "results.json").read_text())
   found = results["incremental"]
   assert found["sizes"] == [4, 3, 3] and results["class_names"] == ["7", "3", "9", "0", "1", "2", "4", "5", "6", "8"]
   assert [len(row) for row in found["matrix"]] == [1, 2, 3]
-  view = datasets.Classes(watched, found["order"], 7, 10)
+  view = datasets.Classes(Watched(digits_dir), found["order"], 7, 10)
   test, saved = view.load_evaluation("test"), phases.saved.load(workdir / "student")
   x = datasets.normalise(test.images, saved.card["mean"], saved.card["std"])
   right = np.asarray(jnp.argmax(saved.net.apply(saved.variables, x, train=False).logits, -1) == test.labels)
@@ -491,11 +500,11 @@ def test_average_and_forgetting_are_those_of_the_field():
   assert found["forgetting"] == pytest.approx(((0.9 - 0.5) + (0.8 - 0.9)) / 2)
 
 
-def test_a_finished_run_is_left_alone(finished_phases):
-  workdir, c, watched = finished_phases
-  opened = list(watched.opened)
+def test_a_finished_run_is_left_alone(finished_phases, digits_dir):
+  workdir, c, _ = finished_phases
+  watched = Watched(digits_dir)
   results = phases.run(c, workdir, data=watched).results
-  assert watched.opened == opened and results == json.loads((workdir / "results.json").read_text())
+  assert not watched.opened and results == json.loads((workdir / "results.json").read_text())
   other = c.copy_and_resolve_references()
   other.incremental.order = "0"
   with pytest.raises(Refusal, match=r"belongs to another config \(it differs in incremental.order\)"):

@@ -474,7 +474,7 @@ def test_a_saved_net_is_quantised_again_and_no_teacher(tmp_path):
     ("cifar_resnet8", {"weights": 4, "activations": 4, "first": 8}),
     ("wrn_10_1", {"weights": 8, "activations": 8, "symmetric": True}),
     ("vgg11", {"weights": 3, "activations": 5, "last": 32}),
-    ("mobilenet_v2", {"weights": 5, "activations": 6}),
+    pytest.param("mobilenet_v2", {"weights": 5, "activations": 6}, marks=pytest.mark.slow),
     ("resnet18", {"weights": 2, "activations": 32}),
   ],
 )
