@@ -61,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       if DRY_FLAGS & set(argv):
         print(dry_run.text(config, workdir))
         return 0
-      carry_out = phases.run if tasks.of(config).in_phases else run.run
-      results = carry_out(config, workdir, STARTED, command=["cpsc-jax", *argv[1:]]).results
+      command = ["cpsc-jax", *argv[1:]]
+      if tasks.of(config).in_phases:
+        results = phases.run(config, workdir, command=command).results
+      else:
+        results = run.run(config, workdir, STARTED, command=command).results
       if mesh.is_primary():
         report.print_table(results)
         print(f"all files are in {workdir}")

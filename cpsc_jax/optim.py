@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules, from the config's numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +81,23 @@ def student_optimiser(
     return tx
 
   def kept(path: tuple) -> bool:
-    return (head_is_kept and nets.is_head(path)) or tuple(part.key for part in path[:-1]) == kept_layer
+    return (head_is_kept and nets.is_head(path)) or _is_of(path, kept_layer)
+
+  return moving(tx, lambda path: not kept(path))
+
+
+def moving(tx: optax.GradientTransformation, moves: Callable[[tuple], bool]) -> optax.GradientTransformation:
+  """`tx` for the parameters whose path `moves` wants; the others stay as they are, untouched by weight decay too."""
 
   def labels(params: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda path, _: "kept" if kept(path) else "moved", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: "moved" if moves(path) else "kept", params)
 
   return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
+
+
+def _is_of(path: tuple, layer: tuple[str, ...] | None) -> bool:
+  """Whether a parameter at `path` is one of the layer's."""
+  return tuple(part.key for part in path[:-1]) == layer
 
 
 def student_schedule(
@@ -145,17 +156,7 @@ def sgd(
 
 def after(steps: int, tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """`tx` after its first `steps` updates, in which nothing moves, the state of `tx` included."""
-
-  def init(params: Tree) -> Tree:
-    return {"count": jnp.zeros((), jnp.int32), "inner": tx.init(params)}
-
-  def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-    updates, inner = tx.update(grads, state["inner"], params)
-    acts, idle = state["count"] >= steps, jax.tree.map(jnp.zeros_like, updates)
-    updates, inner = jax.tree.map(lambda new, old: jnp.where(acts, new, old), (updates, inner), (idle, state["inner"]))
-    return updates, {"count": state["count"] + 1, "inner": inner}
-
-  return optax.GradientTransformation(init, update)
+  return followed_by(steps, optax.set_to_zero(), tx)
 
 
 def followed_by(
@@ -181,16 +182,9 @@ def followed_by(
   return optax.GradientTransformation(init, update)
 
 
-def alone(tx: optax.GradientTransformation, path: tuple[str, ...]) -> optax.GradientTransformation:
-  """`tx` for the layer at `path`; nothing else moves."""
-
-  def label(where: tuple, _: jax.Array) -> str:
-    return "moved" if tuple(part.key for part in where[:-1]) == path else "kept"
-
-  def labels(params: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(label, params)
-
-  return optax.partition({"moved": tx, "kept": optax.set_to_zero()}, labels)
+def alone(tx: optax.GradientTransformation, layer: tuple[str, ...]) -> optax.GradientTransformation:
+  """`tx` for one layer, by its path; nothing else moves."""
+  return moving(tx, lambda path: _is_of(path, layer))
 
 
 def warmup_cosine(lr: float, warmup_steps: float, total_steps: int, end: float = 0.0) -> optax.Schedule:

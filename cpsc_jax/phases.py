@@ -6,7 +6,6 @@ resumed, inside any phase.
 """
 
 import pathlib
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,32 +14,30 @@ import ml_collections
 import numpy as np
 
 from cpsc_jax import config as configs
-from cpsc_jax import datasets, evaluate, experiment, nets, record, saved, teach
+from cpsc_jax import datasets, evaluate, nets, record, saved, teach
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh, primary_first, replicate, replicated
 from cpsc_jax.progress import say
 from cpsc_jax.run import run as run_phase
+from cpsc_jax.run import teacher_in
 from cpsc_jax.tasks import incremental
 
 
 def run(
   c: configs.Config,
   workdir: str | pathlib.Path,
-  started: float | None = None,
   data: datasets.Data | None = None,
   command: Sequence[str] | None = None,
 ) -> record.Finished:
   """Carries out all phases of a config of class-incremental learning and returns what came of them.
 
   Args:
-    started: time.monotonic() at which the whole run began.
     data: the data set, in place of the config's.
     command: the words of the command line, for the record.
 
   Raises:
     Refusal: as `cpsc_jax.run.run`; phases, order or arm that cannot be.
   """
-  started = time.monotonic() if started is None else started
   mesh, workdir = make_mesh(), pathlib.Path(workdir)
   whole = data or datasets.find(c.dataset.name, c.dataset.data_dir)
   if c.incremental.known:
@@ -55,7 +52,7 @@ def run(
   ends = np.cumsum(sizes).tolist()
   with record.claimed(workdir, c):
     views = [datasets.Classes(whole, order, end - new, end) for new, end in zip(sizes, ends, strict=True)]
-    first = _first_network(c, views[0], workdir, mesh)
+    first = _first_network(c, views[0], workdir)
     rows, outcomes = [accuracies(first, views[0], ends, c, mesh)], []
     say(_line(1, sizes, rows))
     for number in range(2, len(sizes) + 1):
@@ -111,9 +108,7 @@ def _folder(workdir: pathlib.Path, number: int) -> pathlib.Path:
   return workdir / f"phase_{number}"
 
 
-def _first_network(
-  c: configs.Config, data: datasets.Classes, workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> saved.SavedNet:
+def _first_network(c: configs.Config, data: datasets.Classes, workdir: pathlib.Path) -> saved.SavedNet:
   """The network of the first classes: the given one, that in the folder of an earlier run, or one trained now."""
   card = teach.describe_teacher(c, data)
   names = data.class_names()
@@ -122,12 +117,7 @@ def _first_network(
       f"the network in {c.teacher.checkpoint} knows the classes {', '.join(card['class_names'])}, and the first phase"
       f" has {', '.join(names)}; set config.incremental.order to begin with its classes."
     )
-  test = data.load_evaluation(c.evaluate.split)
-  origin = {"config": record.config_digest(workdir), "test_images": test.digest()}
-  record.bind(workdir, origin)
-  net = experiment.build_teacher(c, card)
-  card = card | {"class_names": names}
-  teach.obtain_teacher(c, net, card, data, test.put(replicated(mesh)), workdir, mesh, origin)
+  teacher_in(workdir, c, card | {"class_names": names}, data)
   return saved.load(_first_folder(c, workdir))
 
 

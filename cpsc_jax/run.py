@@ -175,6 +175,20 @@ def ended(run: Begun, outcome: Outcome, started: float, more: dict | None = None
   return record.finish(run.workdir, run.config, run.setup, run.teacher, run.results, outcome, sheet, started, more)
 
 
+def teacher_in(folder: pathlib.Path, c: config.Config, card: dict, data: datasets.Data) -> teach.Teacher:
+  """The teacher of a config by itself, trained or resumed in a folder that is claimed for it.
+
+  Args:
+    c: resolved.
+    card: what `teach.describe_teacher` gave.
+  """
+  mesh, test = make_mesh(), data.load_evaluation(c.evaluate.split)
+  origin = {"config": record.config_digest(folder), "test_images": test.digest()}
+  record.bind(folder, origin)
+  net = experiment.build_teacher(c, card)
+  return teach.obtain_teacher(c, net, card, data, test.put(replicated(mesh)), folder, mesh, origin)
+
+
 def distillation(c: config.Config, setup: Setup, teacher: teach.Teacher, data: datasets.Data) -> teach.Phase:
   """(state -> (state, losses), the state it begins with) of data-free training."""
   program = algorithm.compile_epoch(setup, c.schedule.iterations)

@@ -58,6 +58,7 @@ SHARE, PROBABILITY = Range(0, 1, high_open=True), Range(0, 1, low_open=True)
 POSITIVE, NOT_NEGATIVE = Range(0, HUGE, low_open=True), Range(0, HUGE)
 ANY = Range(-math.inf, math.inf)
 
+SYNTHETIC_ARMS = ("distill", "untrained_generator", "gaussian_noise")  # without real images
 REAL_ARMS = ("real_kd", "real_labels")
 INCREMENTAL_ARMS = ("no_rehearsal", "lwf", "real_rehearsal", "joint")
 
@@ -340,7 +341,7 @@ KEYS: dict[str, Key] = {
     ' Of class-incremental learning: "no_rehearsal" (the new images alone), "lwf" (with the previous network\'s'
     ' prediction on them), "real_rehearsal" (and some real images of old classes) or "joint" (all images of all'
     " classes seen)",
-    ("distill", "untrained_generator", "gaussian_noise", *REAL_ARMS, *INCREMENTAL_ARMS),
+    (*SYNTHETIC_ARMS, *REAL_ARMS, *INCREMENTAL_ARMS),
   ),
   "reference": Key(
     False,

@@ -273,7 +273,7 @@ def test_the_phases_and_exact_resume(tmp_path):
   )
   moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), after[1].student.params, after[2].student.params)
   assert all(jax.tree.leaves(moved))
-  assert equal(after[1].student.opt_state["inner"], begun.student.opt_state["inner"]), "no momentum from calibrating"
+  assert equal(after[1].student.opt_state["later"], begun.student.opt_state["later"]), "no momentum from calibrating"
   ranges = {path: leaf for path, leaf in flatten_dict(after[2].student.batch_stats).items() if path[-1] != "seen"}
   before = flatten_dict(after[1].student.batch_stats)
   assert all(np.array_equal(leaf, before[path]) for path, leaf in ranges.items()), "ranges and batch norms stay"

@@ -47,19 +47,21 @@ class Classes(Data):
     return self._read("train", 0, self.spec.num_classes, is_held_out(self.base.spec))
 
   def load_train(self, split: str) -> Split:
-    self.base.check_split(split)
-    among = None if split == "test" else ~is_held_out(self.base.spec)
-    return self._read("train", self.known, self.spec.num_classes, among)
+    return self._read("train", self.known, self.spec.num_classes, self._trained_on(split))
 
   def load_kept(self, split: str, each: int) -> Split:
     """The first `each` training images of every known class, for the control arm that keeps real images.
 
     A test checks that only `cpsc_jax.teach` calls it.
     """
-    self.base.check_split(split)
-    among = None if split == "test" else ~is_held_out(self.base.spec)
+    among = self._trained_on(split)
     rows = [self._rows("train", label, label + 1, among)[:each] for label in range(self.known)]
     return self._of_rows("train", np.sort(np.concatenate(rows)))
+
+  def _trained_on(self, split: str) -> np.ndarray | None:
+    """Which training images there are to train on when `split` is evaluated; None: all."""
+    self.base.check_split(split)
+    return None if split == "test" else ~is_held_out(self.base.spec)
 
   def _load(self, split: str, rows: np.ndarray | None = None) -> Split:
     everything = np.arange(self.base.spec.sizes[split])

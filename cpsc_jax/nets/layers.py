@@ -200,11 +200,11 @@ class RelationMaps(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> Output:
     out = self.net(x, train=train)
-    Maps(name="maps")(out.pooled)
+    _Maps(name="maps")(out.pooled)
     return out
 
 
-class Maps(nn.Module):
+class _Maps(nn.Module):
   """The parameters of `RelationMaps`, as PyTorch draws those of a linear layer."""
 
   @nn.compact

@@ -19,7 +19,6 @@ OF_TEACHER = ("teacher.", "precision", "loss_scaling", "rematerialise", "referen
 # What makes no difference to a member's program, or is an argument of it.
 NOT_IN_PROGRAM = ("name", "seed", "dataset.data_dir", "teacher.")
 TOGETHER = ("distil", "quantise")  # tasks whose runs are one training from a fresh state to the last epoch
-ARMS = ("distill", "untrained_generator", "gaussian_noise")  # arms without real images
 _OF_CARD = ("net", "num_classes", "image_size", "channels", "mean", "std")
 
 
@@ -94,7 +93,7 @@ def program(config: Any, card: Mapping[str, Any]) -> str | None:
   Those numbers are the seed, the weights of the loss terms as long as the same ones are 0, the learning rates of
   `rates`, and the variables of the teacher, whose card is `card`.
   """
-  if config.task not in TOGETHER or config.arm not in ARMS:
+  if config.task not in TOGETHER or config.arm not in schema.SYNTHETIC_ARMS:
     return None
   numbers, said = rates(config), {}
   for key, value in schema.flatten(config):

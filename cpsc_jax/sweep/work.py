@@ -21,10 +21,10 @@ import ml_collections
 import numpy as np
 
 from cpsc_jax import config as configs
-from cpsc_jax import datasets, experiment, loop, record, run, schema, tasks, teach
+from cpsc_jax import datasets, loop, record, run, schema, tasks
 from cpsc_jax.checkpoint import CARD
 from cpsc_jax.errors import NonFiniteLoss, Refusal
-from cpsc_jax.mesh import make_mesh, replicated, single_process
+from cpsc_jax.mesh import single_process
 from cpsc_jax.progress import say
 from cpsc_jax.sweep import grid, search, table, together
 from cpsc_jax.sweep.grid import Point
@@ -283,14 +283,9 @@ def _teach(of: Checked, member: Member) -> None:
   config = of_point(of.sweep.config, point, member.seed)
   folder = member.teacher
   c, card = run.resolved(config, of.data)
-  mesh = make_mesh()
   say(f"the teacher of seed {member.seed}")
   with record.claimed(folder, c):
-    test = of.data.load_evaluation(c.evaluate.split)
-    origin = {"config": record.config_digest(folder), "test_images": test.digest()}
-    record.bind(folder, origin)
-    net = experiment.build_teacher(c, card)
-    teach.obtain_teacher(c, net, card, of.data, test.put(replicated(mesh)), folder, mesh, origin)
+    run.teacher_in(folder, c, card, of.data)
 
 
 def _alone(member: Member, data: datasets.Data) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from cpsc_jax import schema
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.setup import Method, Setup, Term
 from cpsc_jax.state import State, Tree
@@ -42,7 +43,7 @@ class Task:
   """
 
   in_phases: bool = False
-  arms: tuple[str, ...] = ("distill", "untrained_generator", "gaussian_noise", "real_kd", "real_labels")
+  arms: tuple[str, ...] = (*schema.SYNTHETIC_ARMS, *schema.REAL_ARMS)
   check: Callable[[Any, Dataset, jax.sharding.Mesh], None] = lambda config, spec, mesh: None
   known: Callable[[Any, Dataset], int] = lambda config, spec: spec.num_classes
   check_teacher: Callable[[Any, Any, tuple[int, int, int]], None] = lambda config, teacher, shape: None

@@ -5,9 +5,8 @@ network, which is the teacher. Labels of old classes come first. `cpsc_jax.phase
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -174,7 +173,7 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
   share, factor = old / (old + new), factors(config, max(old, 1), new)
 
   def local(v: View) -> jax.Array:
-    return losses.cross_entropy(v.student.logits[:real, old:], v.labels[:real] - old)
+    return new_cross_entropy(v.student.logits[:real], v.labels[:real], old)
 
   def balanced(v: View) -> jax.Array:
     """All classes weigh the same, however many images of each there are, and 1 on average."""
@@ -184,7 +183,7 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
     return weights * losses.cross_entropy(v.student.logits, v.labels)
 
   def classifier(v: View) -> jax.Array:
-    layer = _at(v.student_params, nets.classifier_path(net, image_shape))
+    layer = nets.classifier_layer(net, {"params": v.student_params}, image_shape)
     logits = through(layer, stop_gradient(v.student.pooled))
     weights = jnp.where(v.labels >= old, 1 - share, share) if balance == "abd" else 1.0
     return weights * losses.cross_entropy(logits, v.labels)
@@ -213,6 +212,11 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
     "smooth": Term(lambda v: losses.roughness(v.images)),
   }
   return {"generator": generator, "student": student}
+
+
+def new_cross_entropy(logits: jax.Array, labels: jax.Array, old: int) -> jax.Array:
+  """Cross-entropy (N,) of images of new classes among these alone; the first `old` logits are left out."""
+  return losses.cross_entropy(logits[:, old:], labels - old)
 
 
 def through(layer: Tree, features: jax.Array) -> jax.Array:
@@ -279,20 +283,15 @@ def begin(config: Config, setup: Setup, state: State, image_shape: tuple[int, in
   """The classifier keeps the rows of the old classes; those of the new ones are as they were drawn."""
   if config.arm == "joint":
     return state
-  path, old = nets.classifier_path(setup.student.net, image_shape), config.incremental.known
-  ours = _at(state.student.params, path)
-  theirs = _at(teacher["params"], itertools.dropwhile(lambda name: name == "net", path))  # without what is around it
+  net, old = setup.student.net, config.incremental.known
+  bare, _ = nets.deployed(net, {})  # the teacher's net, but for the number of classes
+  theirs = nets.classifier_layer(bare, teacher, image_shape)
+  ours = nets.classifier_layer(net, state.student.variables, image_shape)
   grown = {name: leaf.at[..., :old].set(theirs[name]) for name, leaf in ours.items()}
-  params = nets.with_classifier(state.student.params, path, grown)
+  params = nets.with_classifier(state.student.params, nets.classifier_path(net, image_shape), grown)
   if needs_old_classifier(config):
     state = state.replace(memory={**state.memory, OLD_CLASSIFIER: jax.tree.map(jnp.copy, theirs)})
   return state.replace(student=state.student.replace(params=params))
-
-
-def _at(tree: Tree, path: Iterable[str]) -> Tree:
-  for name in path:
-    tree = tree[name]
-  return tree
 
 
 def needs_old_classifier(config: Config) -> bool:
@@ -368,7 +367,7 @@ def _of_arm(config: Config) -> tuple[dict[str, Term], dict[str, float]]:
     return losses.kl(stop_gradient(v.teacher.logits), v.student.logits[:, :old], LWF_TEMPERATURE)
 
   def local(v: View) -> jax.Array:
-    return losses.cross_entropy(v.student.logits[:, old:], v.labels - old)
+    return new_cross_entropy(v.student.logits, v.labels, old)
 
   if config.arm == "lwf":
     return {"local": Term(local), "lwf": Term(lwf)}, {"local": 1.0, "lwf": 1.0}
