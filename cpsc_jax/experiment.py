@@ -124,7 +124,7 @@ def initial_state(
 def _with_inherited(state: State, teacher: Tree) -> State:
   variables, taken = nets.inherited(state.student.variables, teacher)
   number = f"{taken:,} of the student's {nets.count_parameters(variables['params']):,} parameters"
-  why = "" if taken else ": the two nets have no layer of the same name and shape"
+  why = "" if taken else ": the two nets have no layer of the same name and kernel"
   say(f"{number} start as the teacher's{why}")
   # An epoch consumes its state, which must not have the teacher's own arrays.
   return state.replace(student=state.student.replace(**jax.tree.map(jnp.copy, variables)))

@@ -123,7 +123,11 @@ STUDENT = {
     " multiple, none travel between them. Flax's own nn.BatchNorm takes the whole batch",
     SIZE,
   ),
-  "inherit": Key(False, "whether layers start as the teacher's of the same name and shape, if there are any"),
+  "inherit": Key(
+    False,
+    "whether layers start as the teacher's of the same name; narrower ones as evenly spaced channels of them (weight"
+    " selection, ICLR 2024)",
+  ),
   "classifier": Key(
     "own",
     '"teacher": the teacher\'s last linear layer, which is not trained (SimKD, CVPR 2022; with loss.student.features)',

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cpsc_jax.configs import default
+from flax.traverse_util import flatten_dict, unflatten_dict
 from parity import assert_close
 from test_algorithm import equal, make_setup
 from test_methods import DIGITS, resolved, start
@@ -188,9 +189,6 @@ def test_a_student_inherits_layers_of_the_same_name_and_shape():
   assert taken == nets.count_parameters(student["params"]), "all of a shorter net's layers are in the longer one"
   assert_close(merged["params"]["conv1"]["kernel"], teacher["params"]["conv1"]["kernel"], 0)
   assert jax.tree.structure(merged) == jax.tree.structure(student)
-  wider = nets.init(nets.classifier("wrn_10_2", 10), jax.random.key(9), jnp.zeros((2, 8, 8, 3)))
-  merged, taken = nets.inherited(student, wider)
-  assert taken == student["params"]["conv1"]["kernel"].size + 2 * 16, "the stem and the norm behind it"
   other = nets.init(nets.classifier("vgg11", 10), jax.random.key(9), jnp.zeros((2, 8, 8, 3)))
   assert nets.inherited(student, other)[1] == 0
   head = nets.FeatureHead(nets.classifier("wrn_10_1", 10), 128)
@@ -200,6 +198,27 @@ def test_a_student_inherits_layers_of_the_same_name_and_shape():
   assert jax.tree.structure(merged) == jax.tree.structure(inside)
 
 
+def test_a_narrower_student_inherits_a_part_of_the_network():
+  """Of a net in which only every second channel does anything, half the width computes the same."""
+  wide, narrow = nets.classifier("wrn_10_4", 10), nets.classifier("wrn_10_2", 10)
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  variables = nets.init(wide, jax.random.key(1), images)
+  student = nets.init(narrow, jax.random.key(2), images)
+  flat = flatten_dict(variables)
+  for path, leaf in flat.items():  # the stem and the first norm are equally wide in both
+    if path[-1] == "kernel" and leaf.shape[-2] > 16:
+      flat[path] = leaf.at[..., 1::2, :].set(0)
+  variables = unflatten_dict(flat)
+  merged, taken = nets.inherited(student, variables)
+  assert taken == nets.count_parameters(student["params"])
+  assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, student)
+  ours, theirs = (nets.forward(n, v, images, train=False)[0] for n, v in ((narrow, merged), (wide, variables)))
+  assert_close(ours.logits, theirs.logits, 1e-5)
+  assert nets.inherited(variables, student)[1] == student["params"]["conv1"]["kernel"].size + 2 * 16, (
+    "a wider student takes what is equal, the stem and the norm behind it"
+  )
+
+
 def test_inheriting_nothing_is_said(capsys):
   setup, _, _ = make_setup()
   config = default.get_config()
@@ -207,7 +226,7 @@ def test_inheriting_nothing_is_said(capsys):
     config.student.inherit = True
   other = nets.init(nets.classifier("vgg11", 10), jax.random.key(9), jnp.zeros((2, 8, 8, 3)))
   experiment.initial_state(config, setup, jax.random.key(0), (8, 8, 3), other)
-  assert "parameters start as the teacher's: the two nets have no layer of the same name" in "".join(
+  assert "parameters start as the teacher's: the two nets have no layer of the same name and kernel" in "".join(
     capsys.readouterr()
   )
 

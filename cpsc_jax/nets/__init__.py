@@ -205,10 +205,12 @@ def _init_of(net: nn.Module) -> Callable[..., Tree]:
 
 
 def inherited(variables: Tree, teacher: Tree) -> tuple[Tree, int]:
-  """(variables with every layer of the teacher's that has the same path and shapes, how many parameters these have).
+  """(variables that start as the teacher's layers of the same path, how many of their parameters do).
 
-  A layer is what has parameters of its own; it is taken with its batch statistics or not at all. What a feature head or
-  stage projections are put around counts under its own names.
+  A layer is what has parameters of its own; it is taken with its batch statistics or not at all. Where the teacher's is
+  wider, evenly spaced channels of it are taken, the same ones wherever two layers meet, so that they are a part of the
+  teacher (uniform element selection, Xu et al., ICLR 2024). What a feature head or stage projections are put around
+  counts under its own names.
   """
 
   def layers(flat: dict[tuple[str, ...], jax.Array]) -> dict[tuple[str, ...], dict[tuple[str, str], tuple[str, ...]]]:
@@ -219,16 +221,28 @@ def inherited(variables: Tree, teacher: Tree) -> tuple[Tree, int]:
       found[tuple(itertools.dropwhile(lambda part: part == "net", path))][collection, name] = key
     return found
 
-  def shapes(flat: dict, layer: dict) -> dict:
-    return {name: (flat[key].shape, flat[key].dtype) for name, key in layer.items()}
-
   ours, theirs, taken = flatten_dict(variables), flatten_dict(teacher), 0
   given = layers(theirs)
   for path, layer in layers(ours).items():
-    if path in given and shapes(ours, layer) == shapes(theirs, given[path]):
+    source = given.get(path, {})
+    if layer.keys() == source.keys() and all(_contains(theirs[source[n]], ours[layer[n]]) for n in layer):
       taken += sum(ours[key].size for (collection, _), key in layer.items() if collection == "params")
-      ours |= {key: theirs[given[path][name]] for name, key in layer.items()}
+      ours |= {key: _evenly(theirs[source[name]], ours[key].shape) for name, key in layer.items()}
   return {**variables, **unflatten_dict(ours)}, taken
+
+
+def _contains(wide: jax.Array, narrow: jax.Array) -> bool:
+  """Whether an array differs from another at most in having more channels: of its last two axes, in and out."""
+  same = wide.dtype == narrow.dtype and wide.shape[:-2] == narrow.shape[:-2] and wide.ndim == narrow.ndim
+  return same and all(more >= fewer for more, fewer in zip(wide.shape, narrow.shape, strict=True))
+
+
+def _evenly(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The part of an array that has this shape, evenly spaced along each axis."""
+  for axis, (have, want) in enumerate(zip(array.shape, shape, strict=True)):
+    if have != want:
+      array = jnp.take(array, jnp.arange(want) * have // want, axis)
+  return array
 
 
 def _torch_kernels(params, key):

@@ -1,0 +1,32 @@
+"""CIFAR-10 on two CPU cores: settings of CPSC-DFKD one by one, in a third of the epochs of `cifar10:cpu`, in bfloat16.
+
+Measured on the validation images, as settings are chosen by it. Needs --config.teacher.checkpoint=DIR, the converted
+WRN-16-1 of docs/teachers.md, and --config.dataset.data_dir=DIR.
+"""
+
+from benchmarks.plan import Row
+
+PAIR, BASE = "CIFAR-10, WRN-16-1 -> WRN-10-1, settings of CPSC-DFKD", "cpsc"
+SHORT = ("evaluate.split=validation", "precision=bfloat16", "schedule.epochs=8")
+
+
+def row(name: str, *flags: str) -> Row:
+  return Row(name, "cifar10:cpu", tuple(f"--config.{flag}" for flag in (*SHORT, *flags)))
+
+
+ROWS = (
+  row("cpsc"),
+  row("generator's rate 3e-3", "generator.lr=3e-3"),
+  row("ce 2", "loss.generator.ce=2"),
+  row("bn 2", "loss.generator.bn=2"),
+  row("rate 1e-2", "generator.lr=1e-2"),
+  row("rate 3e-3, ce 2", "generator.lr=3e-3", "loss.generator.ce=2"),
+  row("rate 3e-3, bn 2", "generator.lr=3e-3", "loss.generator.bn=2"),
+  row(
+    "rate 3e-3, two generator steps, 19 iterations", "generator.lr=3e-3", "generator.steps=2", "schedule.iterations=19"
+  ),
+  row("rate 3e-3, student's rate 0.2", "generator.lr=3e-3", "student.lr=0.2"),
+  row("rate 3e-3, adversarial 0.3", "generator.lr=3e-3", "loss.generator.adversarial=0.3"),
+  row("rate 3e-3, scl 0", "generator.lr=3e-3", "loss.generator.scl=0"),
+  row("rate 3e-3, 14 student steps, 15 iterations", "generator.lr=3e-3", "student.steps=14", "schedule.iterations=15"),
+)
