@@ -1,5 +1,6 @@
 """Plans: rows of runs, each a config with flags and seeds, and what carries one of them out."""
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from cpsc_jax.stop import GRACE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 UNITS = {"s": 1, "m": 60, "h": 3600}
+PR_SET_PDEATHSIG = 1  # of Linux, as sched_setaffinity is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def carry_out(
 def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: float) -> bool:
   """Runs or resumes one command in a process of its own, on these `cores` only; returns whether it is finished.
 
-  At the time `until` it is told to stop, and nothing is begun afterwards.
+  At the time `until`, and when this process ends in any way, it is told to stop; nothing is begun afterwards.
 
   Raises:
     Refusal: the run failed; its last line is quoted.
@@ -167,7 +170,7 @@ def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: flo
   command = [sys.executable, "-m", "cpsc_jax.main", *flags, f"--workdir={workdir}"]
   log = workdir.with_name(f"{workdir.name}.log")
   with open(log, "a") as file:
-    pin = functools.partial(os.sched_setaffinity, 0, cores)
+    pin = functools.partial(_begin, cores)
     patient = {**os.environ, GRACE: "900"}  # the epoch under way is to be saved
     process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=pin, env=patient)
     stop = threading.Timer(min(left, threading.TIMEOUT_MAX), process.terminate)
@@ -179,6 +182,12 @@ def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: flo
   if code:
     raise Refusal(f"{workdir} failed with {code}: {' '.join(log.read_text().strip().splitlines()[-1:])}")
   return True
+
+
+def _begin(cores: set[int]) -> None:
+  """In the process of a run, before it begins: its cores, and a request to stop it if the plan's own process ends."""
+  os.sched_setaffinity(0, cores)
+  ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def seconds_of(text: str) -> float:

@@ -16,14 +16,5 @@ def get_config(variant=""):
     c.name = "cifar10"
     c.dataset.name = "cifar10"
     c.loss.ikd_form = "log"
-    default.apply_variant(c, variant, on_cpu)
+    default.apply_variant(c, variant, default.cpsc_on_cpu)
   return c
-
-
-def on_cpu(c):
-  c.schedule.epochs, c.schedule.iterations = 24, 24
-  c.student.steps = 8
-  c.pool.replay_share, c.pool.dtype = 0.5, "uint8"
-  c.generator.update({"steps": 1, "schedule": "cosine"})
-  default.set_weights(c, generator={"adversarial": 1.0, "bn": 10.0, "ce": 0.5, "scl": 0.1}, student={"kd": 1.0})
-  c.loss.kd_temperature = 20.0

@@ -45,6 +45,16 @@ def cpu(c):
   c.evaluate.every = 5
 
 
+def cpsc_on_cpu(c):
+  """CPSC-DFKD's own part of the variant "cpu"."""
+  c.schedule.epochs, c.schedule.iterations = 24, 24
+  c.student.steps = 8
+  c.pool.replay_share, c.pool.dtype = 0.5, "uint8"
+  c.generator.update({"steps": 1, "schedule": "cosine"})
+  set_weights(c, generator={"adversarial": 1.0, "bn": 10.0, "ce": 0.5, "scl": 0.1}, student={"kd": 1.0})
+  c.loss.kd_temperature = 20.0
+
+
 def set_weights(c, generator, student):
   """Sets the weights of the named terms, and all others to 0."""
   for section, weights in ((c.loss.generator, generator), (c.loss.student, student)):

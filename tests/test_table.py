@@ -1,6 +1,8 @@
 """benchmarks/plan.py and table.py: rows come from finished runs alone; plans are resumed, stopped and refused."""
 
 import json
+import pathlib
+import subprocess
 import sys
 import time
 import types
@@ -252,6 +254,30 @@ def test_a_budget_stops_what_is_under_way_and_begins_nothing_else(tmp_path, plan
   assert "one, seed 0: stopped; the same command resumes it" in capsys.readouterr().out
   assert [calls(out, name) for name in ("one-0", "one-1", "two_other-0")] == [1, 0, 0]
   assert table.main([str(plan), f"--out={out}"]) == 0 and calls(out, "one-0") == 2
+
+
+def test_a_run_stops_with_its_plan(tmp_path):
+  """A run that went on by itself would hold the folder that the next call is to resume."""
+  program = "import subprocess, sys, functools; from benchmarks.plan import _begin; import os, time\n"
+  program += "child = subprocess.Popen(['sleep', '600'], preexec_fn=functools.partial(_begin, {0}))\n"
+  program += "print(child.pid, flush=True); time.sleep(600)"
+  plan = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+  run = int(plan.stdout.readline())
+  assert _is_running(run)
+  plan.kill()
+  plan.wait()
+  for _ in range(100):
+    if not _is_running(run):
+      return
+    time.sleep(0.1)
+  raise AssertionError("the run goes on")
+
+
+def _is_running(pid):
+  try:
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except FileNotFoundError:
+    return False
 
 
 def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):

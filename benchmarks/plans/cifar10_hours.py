@@ -1,0 +1,24 @@
+"""CIFAR-10 on two CPU cores for longer: CPSC-DFKD in ROUNDS times the epochs of `cifar10:cpu`, three seeds, beside what
+costs as much: an untrained generator, the published code's ways, FastDFKD, and the real images.
+
+Needs --config.teacher.checkpoint=DIR, the converted WRN-16-1 of docs/teachers.md, and --config.dataset.data_dir=DIR.
+"""
+
+from benchmarks.plan import Row
+
+PAIR, BASE = "CIFAR-10, WRN-16-1 -> WRN-10-1, for longer", "cpsc"
+LONG = ("precision=bfloat16", "schedule.epochs=160", "evaluate.every=20", "evaluate.diagnostics_every=40")
+FAST = ("precision=bfloat16", "schedule.epochs=200", "pool.size=102400", "evaluate.every=20")
+
+
+def row(name: str, *flags: str, config: str = "cifar10:cpu", long: tuple[str, ...] = LONG, seeds=(0,)) -> Row:
+  return Row(name, config, tuple(f"--config.{flag}" for flag in (*long, *flags)), seeds)
+
+
+ROWS = (
+  row("cpsc", seeds=(0, 1, 2)),
+  row("cpsc, untrained generator", "arm=untrained_generator"),
+  row("real_kd", "arm=real_kd"),
+  row("fast", config="fast_cifar10:cpu", long=FAST),
+)
+PUBLISHED = (("WRN-10-1 of others, trained on the real labels", "0.8806", "no teacher"),)
