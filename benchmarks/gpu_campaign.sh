@@ -1,23 +1,24 @@
 #!/bin/bash
-# benchmarks/gpu_campaign.sh FOLDER [--data DIR] [--from PARCEL] [--budget 9m] [--runs DIR] [--toy]
+# benchmarks/gpu_campaign.sh FOLDER [--data DIR] [--plan gpu_cifar] [--from PARCEL] [--budget 9m] [--runs DIR] [--toy]
 #
 # One call of a campaign on a machine with a GPU; call it until it says that all rows are done. The first call on a
-# machine checks the package there (benchmarks/gpu.py); every call then carries out benchmarks/plans/gpu_cifar.py in
+# machine checks the package there (benchmarks/gpu.py); every call then carries out benchmarks/plans/PLAN.py in
 # runs/gpu, or in DIR, until the budget, which a later call on the same machine resumes. FOLDER gets gpu.json, the table and a
 # parcel of at most 60 MiB, in files of at most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
 # Packages that the machine lacks are taken from ./wheels, if there is such a folder. --toy is a rehearsal on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=$1 budget=9m data= from= runs=runs/gpu toy=
+out=$1 budget=9m data= plan=gpu_cifar from= runs=runs/gpu toy=
 shift
 while [ $# -gt 0 ]; do
   case $1 in
     --data) data=$2; shift 2 ;;
+    --plan) plan=$2; shift 2 ;;
     --from) from=$2; shift 2 ;;
     --budget) budget=$2; shift 2 ;;
     --runs) runs=$2; shift 2 ;;
     --toy) toy=--toy; shift ;;
-    *) echo "gpu_campaign.sh: no option $1; there are --data, --from, --budget, --runs and --toy" >&2; exit 2 ;;
+    *) echo "gpu_campaign.sh: no option $1; there are --data, --plan, --from, --budget, --runs and --toy" >&2; exit 2 ;;
   esac
 done
 began=$SECONDS
@@ -26,6 +27,10 @@ case $budget in
   *[0-9]m) limit=$((${budget%m} * 60)) ;;
   *) echo "gpu_campaign.sh: --budget is '$budget'; expected a number and s or m, such as 9m" >&2; exit 2 ;;
 esac
+if [ ! -f "benchmarks/plans/$plan.py" ]; then
+  echo "gpu_campaign.sh: there is no benchmarks/plans/$plan.py; expected gpu_cifar or gpu_cifar100" >&2
+  exit 2
+fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 if [ -d wheels ]; then
@@ -47,8 +52,8 @@ if [ ! -f "$runs/gpu.json" ]; then
 fi
 flags=()
 if [ -n "$data" ]; then flags+=("--config.dataset.data_dir=$data"); fi
-plan=benchmarks/plans/gpu_cifar.py
-if [ -n "$toy" ]; then plan=benchmarks/plans/gpu_toy.py; fi
+if [ -n "$toy" ]; then plan=gpu_toy; fi
+plan=benchmarks/plans/$plan.py
 left=$((limit - (SECONDS - began)))
 status=0
 if [ "$left" -gt 0 ]; then

@@ -104,3 +104,5 @@ def test_a_campaign_goes_on_elsewhere(tmp_path):
   found = json.loads((tmp_path / "second" / "gpu_toy.json").read_text())
   assert [len(runs) for runs in found.values()] == [1, 1]
   assert subprocess.run([script, str(tmp_path), "--what"], capture_output=True).returncode == 2
+  none = subprocess.run([script, str(tmp_path), "--plan", "none"], capture_output=True, text=True)
+  assert none.returncode == 2 and "there is no benchmarks/plans/none.py" in none.stderr

@@ -14,23 +14,29 @@ SHORT = ("schedule.epochs=100", "evaluate.every=10")
 FAST = ("evaluate.every=10",)
 
 
-def row(name: str, *flags: str, config: str = "cifar10", teacher: str = "") -> Row:
-  return Row(name, config, tuple(f"--config.{flag}" for flag in flags), teacher=teacher)
+def campaign(data: str = "cifar10") -> tuple[Row, ...]:
+  """CPSC-DFKD of both pairs, then FastDFKD, CMI and real images with the same teachers, on a data set."""
+
+  def row(name: str, *flags: str, config: str = data, teacher: str = "") -> Row:
+    given = (f"dataset.name={data}", *flags)
+    return Row(name, config, tuple(f"--config.{flag}" for flag in given), teacher=teacher)
+
+  def others(pair: str, nets: tuple[str, ...]) -> list[Row]:
+    teacher = f"cpsc, {pair}"
+    fast = row(f"fast, {pair}", *nets, *FAST, config="fast_cifar10:five", teacher=teacher)
+    cmi = row(f"cmi, {pair}", *nets, *FAST, config="cmi_cifar10", teacher=teacher)
+    real = row(f"real_kd, {pair}", *nets, *SHORT, "arm=real_kd", teacher=teacher)
+    return [fast, cmi, real]
+
+  return (
+    row("cpsc, WRN-40-2 -> WRN-16-2", *WRN, *SHORT),
+    row("cpsc, ResNet-34 -> ResNet-18", *RESNET, *SHORT),
+    *others("WRN-40-2 -> WRN-16-2", WRN),
+    *others("ResNet-34 -> ResNet-18", RESNET),
+  )
 
 
-def others(pair: str, nets: tuple[str, ...], teacher: str) -> list[Row]:
-  fast = row(f"fast, {pair}", *nets, *FAST, config="fast_cifar10:five", teacher=teacher)
-  cmi = row(f"cmi, {pair}", *nets, *FAST, config="cmi_cifar10", teacher=teacher)
-  real = row(f"real_kd, {pair}", *nets, *SHORT, "arm=real_kd", teacher=teacher)
-  return [fast, cmi, real]
-
-
-ROWS = (
-  row("cpsc, WRN-40-2 -> WRN-16-2", *WRN, *SHORT),
-  row("cpsc, ResNet-34 -> ResNet-18", *RESNET, *SHORT),
-  *others("WRN-40-2 -> WRN-16-2", WRN, "cpsc, WRN-40-2 -> WRN-16-2"),
-  *others("ResNet-34 -> ResNet-18", RESNET, "cpsc, ResNet-34 -> ResNet-18"),
-)
+ROWS = campaign()
 PUBLISHED = (
   ("CMI, WRN-40-2 -> WRN-16-2 (best epoch)", "0.9252", "0.9487"),
   ("FastDFKD with ten steps, WRN-40-2 -> WRN-16-2 (best epoch)", "0.9245", "0.9487"),
