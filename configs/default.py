@@ -73,6 +73,7 @@ def smoke(c):
   c.generator.width = 8
   c.generator.latent_dim = 16
   c.generator.steps = 1
+  c.generator.warmup_epochs = 0
   c.schedule.epochs = 2
   c.schedule.iterations = 2
   c.schedule.batch_size = 32

@@ -20,7 +20,7 @@ def get_config(variant=""):
     learning(c)
     c.teacher.net, c.teacher.batch_size = "cifar_resnet32", 128
     c.incremental.batch_size = c.schedule.batch_size = 128
-    c.incremental.warmup = 5
+    c.generator.warmup_epochs = 5
     c.schedule.epochs, c.schedule.iterations = 65, 78  # an epoch goes once through the 10,000 images of two classes
     c.generator.update({"steps": 2, "schedule": "cosine"})
     c.student.update({"steps": 1, "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 0, "crop_pad": 4, "flip": True})
@@ -44,11 +44,11 @@ def learning(c):
 
 def on_cpu(c):
   c.teacher.update({"epochs": 12, "batch_size": 64})
-  c.incremental.update({"batch_size": 64, "warmup": 4})
+  c.incremental.batch_size = 64
   c.schedule.update({"epochs": 24, "iterations": 40, "batch_size": 64})
-  c.generator.steps, c.student.lr = 1, 0.05
+  c.generator.steps, c.generator.warmup_epochs, c.student.lr = 1, 4, 0.05
 
 
 def shortened(c):
   """The phases of a smoke run."""
-  c.incremental.update({"warmup": 0, "rests": False, "refine": 0, "phases": 2})
+  c.incremental.update({"rests": False, "refine": 0, "phases": 2})

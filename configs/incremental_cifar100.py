@@ -35,11 +35,11 @@ def published(c):
   """R-DFCIL (Gao et al., ECCV 2022), CIFAR-100."""
   c.teacher.net = "cifar_resnet32"
   c.incremental.update({"phases": 10, "order": "0", "batch_size": 128, "balance": "rdfcil"})
-  c.incremental.update({"warmup": 13, "rests": True, "refine": 40, "refine_lr": 5e-3})
+  c.incremental.update({"rests": True, "refine": 40, "refine_lr": 5e-3})
   # 5,000 images of each phase are 39 batches of 128; 13 epochs of 390 generator updates are 5,070 (published: 5,000).
   c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 213, 39, 128
   c.generator.update({"steps": 10, "lr": 1e-3, "latent_dim": 1000, "conditional": False, "b1": 0.9, "b2": 0.999})
-  c.generator.update({"milestones": (), "student_mode": "eval"})
+  c.generator.update({"milestones": (), "student_mode": "eval", "warmup_epochs": 13})
   sgd = {"optimiser": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "decay": 0.1, "schedule": "steps"}
   c.student.update({**sgd, "milestones": (81, 121), "warmup_epochs": 0, "steps": 1, "crop_pad": 4, "flip": True})
   c.teacher.update({**sgd, "milestones": (81, 121), "epochs": 200, "batch_size": 128, "crop_pad": 4, "flip": True})

@@ -19,7 +19,7 @@ def get_config(variant=""):
     c.name = "incremental_digits"
     incremental_cifar10.learning(c)
     c.incremental.batch_size = c.schedule.batch_size = 64
-    c.schedule.epochs, c.schedule.iterations, c.incremental.warmup = 12, 40, 2
+    c.schedule.epochs, c.schedule.iterations, c.generator.warmup_epochs = 12, 40, 2
     c.generator.steps = 2
     c.student.steps, c.student.lr, c.student.warmup_epochs = 2, 0.02, 0
     c.evaluate.every = c.evaluate.diagnostics_every = 6

@@ -19,15 +19,13 @@ def get_config(variant=""):
   with c.unlocked():
     c.name = "quantise_cifar10"
     c.teacher.net = "cifar_resnet20"
-    c.quantise.update({"weights": 4, "activations": 4, "warmup": 4, "calibration": 1})
+    c.quantise.update({"weights": 4, "activations": 4, "calibration": 1})
     quantising(c)
     c.schedule.epochs, c.schedule.iterations, c.schedule.batch_size = 25, 100, 128
     c.generator.update({"width": 32, "latent_dim": 100, "steps": 1, "lr": 1e-3, "schedule": "cosine"})
-    c.student.steps = 1
+    c.generator.warmup_epochs, c.student.steps = 4, 1
     c.evaluate.every = 5
     default.apply_variant(c, variant)
-    if variant == "smoke":
-      shortened(c)
   return c
 
 
@@ -39,8 +37,3 @@ def quantising(c):
   c.generator.student_mode = "eval"
   c.student.update({"optimiser": "nesterov", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4, "clip": 0.0})
   c.student.update({"schedule": "cosine", "lr_end": 0.0, "warmup_epochs": 0, "inherit": True, "crop_pad": 0})
-
-
-def shortened(c):
-  """The phases of a smoke run: one epoch of calibration, one of fine-tuning."""
-  c.quantise.warmup, c.student.warmup_epochs = 0, 0

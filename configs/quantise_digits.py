@@ -18,10 +18,8 @@ def get_config(variant=""):
   with c.unlocked():
     c.name = "quantise_digits"
     quantise_cifar10.quantising(c)
-    c.quantise.update({"weights": 4, "activations": 4, "warmup": 9, "calibration": 1})
-    c.student.steps, c.student.lr = 1, 1e-2
+    c.quantise.update({"weights": 4, "activations": 4, "calibration": 1})
+    c.generator.warmup_epochs, c.student.steps, c.student.lr = 9, 1, 1e-2
     c.evaluate.every = 5
     default.apply_variant(c, variant)
-    if variant == "smoke":
-      quantise_cifar10.shortened(c)
   return c

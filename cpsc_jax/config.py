@@ -98,7 +98,13 @@ def check_schedule(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> No
 
 
 def check_warmup(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
-  """A warm-up of a learning rate that follows a cosine; others have none."""
+  """The generator's, which is to end; and that of a learning rate that follows a cosine, as others have none."""
+  alone = config.generator.warmup_epochs
+  if alone >= config.schedule.epochs:
+    raise Refusal(
+      f"config.generator.warmup_epochs is {alone}, and config.schedule.epochs is {config.schedule.epochs}: the student"
+      " would never learn; make the warm-up shorter or the run longer."
+    )
   epochs = {"student": (config.schedule.horizon or config.schedule.epochs) - tasks.waiting_epochs(config)}
   if not config.teacher.checkpoint:
     epochs["teacher"] = config.teacher.epochs

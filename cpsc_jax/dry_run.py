@@ -81,7 +81,7 @@ def _without_warmup(c: config.Config) -> config.Config:
   c = ml_collections.ConfigDict(c.to_dict())
   if "episodes" in c:
     c.episodes.warmup = 0
-  c.update_from_flattened_dict(dict.fromkeys(tasks.of(c).warmups, 0))
+  c.generator.warmup_epochs = 0
   return c
 
 

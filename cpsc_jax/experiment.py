@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpsc_jax import datasets, initial, methods, nets, optim, sources, tasks
-from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, read_embedding
+from cpsc_jax.config import EMBEDDINGS, Config, inverts, read_embedding
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
 from cpsc_jax.progress import say, working
@@ -51,7 +51,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   if config.arm == "gaussian_noise":
     generator, method = None, on_noise(config, method, spec, mesh)
   steps = iterations * config.student.steps
-  method = task.method(config, method, iterations)
+  method = task.method(config, methods.patient(config, method, iterations), iterations)
   optimiser = optim.student_optimiser(config, steps, tasks.waiting_epochs(config), kept_layer)
   return Setup(
     student=Player(
@@ -183,9 +183,9 @@ def learning_rates(config: Config, epoch: jax.Array, hyper: Hyper) -> dict[str, 
 
   There is none of a generator that takes no update, or whose optimiser starts again in every iteration.
   """
-  waiting, steps = 0 if config.arm in REAL_ARMS else tasks.waiting_epochs(config), config.schedule.iterations
+  waiting, steps = tasks.waiting_epochs(config), config.schedule.iterations
   updates = (epoch - waiting) * steps * config.student.steps
-  schedule = optim.student_schedule(config, steps * config.student.steps, tasks.waiting_epochs(config))
+  schedule = optim.student_schedule(config, steps * config.student.steps, waiting)
   rate = tasks.of(config).learning_rate(config, epoch, schedule(updates - 1))
   rates = {"student": jnp.where(updates > 0, hyper.student.lr * rate, jnp.nan)}
   if config.arm == "distill" and not inverts(config):

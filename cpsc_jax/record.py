@@ -491,7 +491,7 @@ def _about_generator(config: Config, setup: Setup, outcome: Outcome, sheet: Any)
 def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
   """Images that generator updates and student updates have seen."""
   epochs, each, generator = config.schedule.epochs, config.schedule.iterations, setup.generator
-  learning = epochs - (tasks.waiting_epochs(config) if setup.method.waits or tasks.of(config).warmups else 0)
+  learning = epochs - tasks.waiting_epochs(config)
   return {
     "generator": epochs * each * setup.method.batch_size * generator.steps if generator else 0,
     "student": learning * each * config.schedule.batch_size * config.student.steps,

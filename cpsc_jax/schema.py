@@ -173,6 +173,9 @@ GENERATOR = {
   ),
   "epsilon": Key(0.0, "of its batch norms; 0: the net's own, 1e-3 (of dcgan 0.8)", NOT_NEGATIVE),
   "steps": Key(6, "generator updates per iteration", COUNT),
+  "warmup_epochs": Key(
+    0, "epochs at the start in which the generator learns alone; a control's student waits as long", COUNT_OR_NONE
+  ),
   "ema": Key(
     0.0, "of an average of its parameters, which forgets 1 - ema in each iteration (MAD, NeurIPS 2022); 0: none", SHARE
   ),
@@ -446,7 +449,6 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
       ' 0, which int8 kernels need; "auto": symmetric with 8 bits',
       ("auto", "asymmetric", "symmetric"),
     ),
-    "quantise.warmup": Key(4, "epochs at the start in which the generator learns alone", COUNT_OR_NONE),
     "quantise.calibration": Key(
       1, "epochs after these in which the ranges of activations follow the samples and nothing else moves", COUNT
     ),
@@ -464,7 +466,6 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     "incremental.batch_size": Key(
       64, "real images of new classes beside the schedule.batch_size samples in a student's batch", SIZE
     ),
-    "incremental.warmup": Key(0, "epochs at the start of a phase in which the generator learns alone", COUNT_OR_NONE),
     "incremental.rests": Key(False, "whether the generator learns nothing more after these"),
     "incremental.refine": Key(0, "epochs at the end of a phase in which the classifier alone learns", COUNT_OR_NONE),
     "incremental.refine_lr": Key(5e-3, "its learning rate then", POSITIVE),

@@ -63,8 +63,11 @@ def test_an_order_is_given_or_shuffled_by_a_seed():
     ({"student__micro_batches": 2}, "config.student.micro_batches is 2, which class-incremental learning does not"),
     ({"loss__student__channel": 0.1, "loss__student__relation": 0.5}, "channel and relation each put something"),
     ({"student__norm_parts": 2, "incremental__batch_size": 33}, "norm_parts is 2, which does not divide the 65 images"),
-    ({"incremental__warmup": 2}, "warmup and refine are 2 epochs together, and config.schedule.epochs is 2"),
-    ({"incremental__rests": True}, "rests is True, but incremental.warmup is 0: the generator would never learn"),
+    (
+      {"generator__warmup_epochs": 1, "incremental__refine": 1},
+      "refine are 2 epochs together, and config.schedule.epochs is 2",
+    ),
+    ({"incremental__rests": True}, "rests is True, but generator.warmup_epochs is 0: the"),
     ({"incremental__refine": 1}, "refine needs config.loss.student.refine, whose weight is 0"),
     ({"incremental__batch_size": 0}, "config.incremental.batch_size is 0; it must be at least 1"),
   ],
@@ -374,7 +377,7 @@ def same(a, b):
 
 def test_a_phase_warms_up_learns_and_refines():
   c, setup, teacher = resolved(
-    incremental__warmup=1,
+    generator__warmup_epochs=1,
     incremental__rests=True,
     incremental__refine=1,
     incremental__balance="rdfcil",

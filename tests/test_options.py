@@ -1,6 +1,7 @@
 """Options that the configs of other methods need, against PyTorch or their formulas."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,35 @@ def test_inheriting_nothing_is_said(capsys):
   assert "parameters start as the teacher's: the two nets have no layer of the same name and kernel" in "".join(
     capsys.readouterr()
   )
+
+
+# The generator's warm-up.
+
+
+@pytest.mark.parametrize("method", ["cpsc", "fast"])
+def test_the_generator_may_learn_alone_at_first(method):
+  changes = {"generator.warmup_epochs": 1, "schedule.epochs": 2, "schedule.iterations": 2}
+  if method == "fast":
+    changes["episodes.warmup"] = 0
+  setup, teacher, before = start(method, **changes)
+  epoch = algorithm.compile_epoch(setup, 2)
+  kept = jax.device_get(before)
+  alone, losses = epoch(before, teacher)
+  alone = jax.device_get(alone)
+  assert not equal(alone.generator.params, kept.generator.params) and equal(alone.student.params, kept.student.params)
+  assert jax.tree.all(jax.tree.map(lambda x: np.all(x == 0), losses["student"].terms))
+  both, _ = epoch(jax.device_put(alone, jax.tree.map(lambda x: x.sharding, before)), teacher)
+  assert not equal(both.student.params, alone.student.params)
+
+
+def test_arms_without_a_generator_wait_as_long():
+  c = resolved(
+    "fast", **{"arm": "gaussian_noise", "schedule.epochs": 3, "episodes.warmup": 4, "schedule.iterations": 2}
+  )
+  net = nets.classifier(c.teacher.net, 10)
+  setup = experiment.build(c, DIGITS, net, {"mean": DIGITS.mean, "std": DIGITS.std}, make_mesh())
+  waits = [bool(setup.method.waits(types.SimpleNamespace(step=jnp.asarray(step)))) for step in range(6)]
+  assert waits == [True] * 4 + [False] * 2
 
 
 # Samples between classes, kept logits, the teacher's classifier.

@@ -253,7 +253,7 @@ def start(c):
 @pytest.mark.slow
 def test_the_phases_and_exact_resume(tmp_path):
   """The generator alone, then ranges alone, then all but ranges; one program; the teacher stays as it is."""
-  c = resolved(quantise__warmup=1, quantise__calibration=1, schedule__epochs=4)
+  c = resolved(generator__warmup_epochs=1, quantise__calibration=1, schedule__epochs=4)
   setup, teacher, state = start(c)
   kept, begun = jax.device_get((teacher, state))
   assert equal(begun.student.params, kept["params"]), "the student starts as its teacher"
@@ -288,7 +288,7 @@ def test_any_method_can_quantise(method):
   """Its keys and the task's in one config; what is put around the student is put around the quantised one."""
   c = config_of(method)
   schema.add_keys_of_task(c, "quantise")
-  c.quantise.warmup, c.schedule.epochs, c.student.warmup_epochs = 1, 6, 0
+  c.generator.warmup_epochs, c.schedule.epochs, c.student.warmup_epochs = 1, 6, 0
   c = config.resolve(tasks.of(c).of_teacher(c, {"net": c.teacher.net}), DIGITS, mesh.make_mesh())
   assert dict(schema.flatten(c)).keys() == schema.keys_of(method, "quantise").keys()
   net = nets.classifier(c.teacher.net, 10)
@@ -364,7 +364,7 @@ def test_what_a_key_must_not_be_is_refused(name):
     ({"quantise__activations": 1}, "config.quantise.activations is 1; it must be at least 2"),
     ({"quantise__first": 1}, "config.quantise.first is 1; it must be from 2 to 8 bits, 32 for float, or 0 for as many"),
     ({"quantise__last": 40}, "config.quantise.last is 40; it must be at least 0 and at most 32"),
-    ({"quantise__warmup": 5}, "are 6 epochs together, more than config.schedule.epochs, 2"),
+    ({"quantise__calibration": 3}, "are 3 epochs together, more than config.schedule.epochs, 2"),
     ({"schedule__epochs": 9, "evaluate__every": 2}, "make that a multiple of config.evaluate.every, 2"),
     ({"reference": True}, "leave it False for task 'quantise'"),
     ({"task": "prune"}, "config.task is 'prune'; it must be one of distil, quantise, incremental"),
@@ -538,7 +538,7 @@ def test_8_bits_lose_nothing_whatever_calibrates(arm, digits_dir, tmp_path, comm
   """A teacher of ten epochs, and a run of every arm, which has the same phases."""
   workdir, teacher = tmp_path / "w", common / "quantise_teacher"
   flags = ["--config.quantise.weights=8", "--config.quantise.activations=8", f"--config.arm={arm}"]
-  flags += ["--config.teacher.epochs=10", "--config.schedule.epochs=3", "--config.quantise.warmup=1"]
+  flags += ["--config.teacher.epochs=10", "--config.schedule.epochs=3", "--config.generator.warmup_epochs=1"]
   flags += ["--config.evaluate.every=1", "--config.student.lr=1e-4"]
   flags += [f"--config.teacher.checkpoint={teacher}"] if teacher.exists() else []
   full = f"--config={REPOSITORY / 'configs' / 'quantise_digits.py'}"

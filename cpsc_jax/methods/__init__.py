@@ -9,6 +9,7 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.methods import base, cmi, cpsc, dafl, deepinversion, dfad, fast, inversion, nayer, rgal, terms, zskt
 from cpsc_jax.methods.base import Parts
 from cpsc_jax.setup import Method, Term
+from cpsc_jax.state import State
 
 # name -> a module with method(parts) -> Method and, where the method has settings of its own, check(config, mesh)
 METHODS: dict[str, ModuleType] = {
@@ -66,8 +67,20 @@ def active(config, player: str, terms: dict[str, Term]) -> dict[str, Term]:
 
 
 def waiting_epochs(config) -> int:
-  """Epochs at the start in which the method does not train the student: the warm-up of FastDFKD and NAYER."""
-  return config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
+  """Epochs at the start in which the student is not trained: the generator's warm-up, or FastDFKD's and NAYER's."""
+  of_method = config.episodes.warmup // config.schedule.iterations if "episodes" in config else 0
+  return max(config.generator.warmup_epochs, of_method)
+
+
+def patient(config, found: Method, iterations: int) -> Method:
+  """A method whose student waits for so many epochs of `iterations`; where there is no generator, as long."""
+  number = iterations * (config.generator.warmup_epochs if found.waits else waiting_epochs(config))
+
+  def waits(state: State) -> jax.Array:
+    alone = state.step < number
+    return alone | found.waits(state) if found.waits else alone
+
+  return dataclasses.replace(found, waits=waits) if number else found
 
 
 def check(config, mesh: jax.sharding.Mesh) -> None:
@@ -84,4 +97,4 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-__all__ = ["METHODS", "Parts", "check", "inversion", "method", "waiting_epochs"]
+__all__ = ["METHODS", "Parts", "check", "inversion", "method", "patient", "waiting_epochs"]

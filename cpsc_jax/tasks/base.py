@@ -25,10 +25,9 @@ class Task:
     check_teacher: (config, the teacher's module, (H, W, K)) raises a Refusal of a teacher that it cannot work with.
     of_teacher: (config, the teacher's card) -> the config of a run with this teacher.
     waiting: (config, epochs at the start in which the method does not train the student) -> the same with the task.
-    warmups: those of its keys that make the student wait, in epochs.
     student: (config, the net called config.student.net, (H, W, K)) -> the net that learns.
     method: (config, the config's method, or that of an arm on real images, iterations of an epoch) -> the method: which
-      labels are drawn, where batches come from, and in which iterations the student waits.
+      labels are drawn, where batches come from, and in which iterations the generator rests.
     optimiser: (config, the student's optimiser, its steps in an epoch, the net that learns, (H, W, K)) -> the
       optimiser.
     terms: (config, the net that learns, (H, W, K), its classes) -> {"generator" or "student": {name: Term}} that any
@@ -49,7 +48,6 @@ class Task:
   check_teacher: Callable[[Any, Any, tuple[int, int, int]], None] = lambda config, teacher, shape: None
   of_teacher: Callable[[Any, dict], Any] = lambda config, card: config
   waiting: Callable[[Any, int], int] = lambda config, epochs: epochs
-  warmups: tuple[str, ...] = ()
   student: Callable[[Any, Any, tuple[int, int, int]], Any] = lambda config, net, shape: net
   method: Callable[[Any, Method, int], Method] = lambda config, method, iterations: method
   optimiser: Callable[..., optax.GradientTransformation] = lambda config, tx, *_: tx

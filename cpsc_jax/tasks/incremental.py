@@ -106,13 +106,14 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     )
   if config.loss.student.channel and config.loss.student.relation:
     raise Refusal("config.loss.student.channel and relation each put something around the student; set one to 0.")
-  if c.warmup + c.refine >= config.schedule.epochs:
+  both = methods.waiting_epochs(config) + c.refine
+  if both >= config.schedule.epochs:
     raise Refusal(
-      f"config.incremental.warmup and refine are {c.warmup + c.refine} epochs together, and config.schedule.epochs is"
+      f"config.generator.warmup_epochs and incremental.refine are {both} epochs together, and config.schedule.epochs is"
       f" {config.schedule.epochs}: the student would not learn between them; make them shorter or the run longer."
     )
-  if c.rests and not c.warmup:
-    raise Refusal("config.incremental.rests is True, but incremental.warmup is 0: the generator would never learn.")
+  if c.rests and not config.generator.warmup_epochs:
+    raise Refusal("config.incremental.rests is True, but generator.warmup_epochs is 0: the generator would not learn.")
   if c.refine and not config.loss.student.refine:
     raise Refusal("config.incremental.refine needs config.loss.student.refine, whose weight is 0; set one of the two.")
 
@@ -135,10 +136,6 @@ def of_teacher(config: Config, card: dict) -> Config:
   config = ml_collections.ConfigDict(config.to_dict())
   config.student.net, config.student.inherit = card["net"], config.arm != "joint"
   return config
-
-
-def waiting(config: Config, epochs: int) -> int:
-  return max(epochs, config.incremental.warmup)
 
 
 def factors(config: Config, old: int, new: int) -> dict[str, float]:
@@ -234,9 +231,10 @@ def _scaled(term: Term, factor: float | Callable[[View], jax.Array]) -> Term:
 
 
 def method(config: Config, base: Method, iterations: int) -> Method:
-  """The method's terms on old classes alone, the student's on drawn images alone; and who waits when."""
+  """The method's terms on old classes alone, the student's on drawn images alone; and which rest when."""
   c, old = config.incremental, config.incremental.known
-  warmup, refinement = c.warmup * iterations, (config.schedule.epochs - c.refine) * iterations
+  warmup = config.generator.warmup_epochs * iterations
+  refinement = (config.schedule.epochs - c.refine) * iterations
 
   def on_old(term: Term) -> Term:
     def value(v: View) -> jax.Array:
@@ -260,16 +258,11 @@ def method(config: Config, base: Method, iterations: int) -> Method:
     late, early = name in REFINED, name != "refine"
     return _scaled(term, lambda v: jnp.where(v.memory["refining"], float(late), float(early)))
 
-  def waits(state: State) -> jax.Array:
-    alone = state.step < warmup
-    return alone | base.waits(state) if base.waits else alone
-
   student_terms = {name: term if name in OWN else on_drawn(term) for name, term in base.student_terms.items()}
   return dataclasses.replace(
     base,
     generator_terms={name: on_old(term) for name, term in base.generator_terms.items()},
     student_terms={name: in_its_time(name, term) for name, term in student_terms.items()},
-    waits=waits if warmup else base.waits,
     rests=(lambda state: state.step >= warmup) if c.rests else base.rests,
     begin=lambda state, key: _marked(base.begin(state, key), refinement),
   )
@@ -305,7 +298,7 @@ def optimiser(
   c = config.incremental
   if not c.refine or config.arm in ARMS:
     return tx
-  epochs = config.schedule.epochs - waiting(config, methods.waiting_epochs(config)) - c.refine
+  epochs = config.schedule.epochs - methods.waiting_epochs(config) - c.refine
   late = optim.sgd(c.refine_lr, config.student.momentum, config.student.weight_decay)
   return optim.followed_by(epochs * steps, tx, optim.alone(late, nets.classifier_path(net, image_shape)))
 
@@ -380,8 +373,6 @@ TASK = Task(
   check=check,
   known=known,
   of_teacher=of_teacher,
-  waiting=waiting,
-  warmups=("incremental.warmup",),
   student=student,
   terms=terms,
   method=method,

@@ -1,11 +1,10 @@
 """Data-free quantisation: the student is the teacher's own network at few bits, and starts with its weights.
 
-First the generator learns alone (`quantise.warmup`), then the student sees its samples while the ranges of activations
-follow them (`quantise.calibration`), then it is fine-tuned and the ranges stay. So every run measures the network
-quantised without any data, calibrated, and fine-tuned.
+First the generator learns alone (`generator.warmup_epochs`), then the student sees its samples while the ranges of
+activations follow them (`quantise.calibration`), then it is fine-tuned and the ranges stay. So every run measures the
+network quantised without any data, calibrated, and fine-tuned.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import optax
 from cpsc_jax import methods, nets, optim
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
-from cpsc_jax.setup import Method, Setup
+from cpsc_jax.setup import Setup
 from cpsc_jax.state import State, Tree
 from cpsc_jax.tasks.base import Task
 
@@ -33,7 +32,7 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     raise Refusal("config.reference is that of CPSC-DFKD's distillation; leave it False for task 'quantise'.")
   before = waiting(config, methods.waiting_epochs(config))
   epochs, every = config.schedule.epochs, config.evaluate.every
-  phases = f"config.quantise.warmup and config.quantise.calibration are {before} epochs together"
+  phases = f"config.generator.warmup_epochs and config.quantise.calibration are {before} epochs together"
   if before > epochs:
     raise Refusal(f"{phases}, more than config.schedule.epochs, {epochs}; make them shorter or the run longer.")
   if before % every and before != epochs:
@@ -54,7 +53,7 @@ def of_teacher(config: Config, card: dict) -> Config:
 
 
 def waiting(config: Config, epochs: int) -> int:
-  return max(epochs, config.quantise.warmup) + config.quantise.calibration
+  return epochs + config.quantise.calibration
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -69,17 +68,6 @@ def student(config: Config, net: Any, image_shape: tuple[int, int, int]) -> nets
   batches = config.quantise.calibration * config.schedule.iterations * config.student.steps
   calibration = {"calibration": batches, "momentum": config.quantise.momentum}
   return nets.quantise(net, image_shape, **options(config), **calibration)
-
-
-def method(config: Config, base: Method, iterations: int) -> Method:
-  """The student waits while the generator learns alone, and where its method makes it wait."""
-  warmup = config.quantise.warmup * iterations
-
-  def waits(state: State) -> jax.Array:
-    alone = state.step < warmup
-    return alone | base.waits(state) if base.waits else alone
-
-  return dataclasses.replace(base, waits=waits) if warmup else base
 
 
 def optimiser(config: Config, tx: optax.GradientTransformation, steps: int, *_: Any) -> optax.GradientTransformation:
@@ -111,9 +99,7 @@ TASK = Task(
   check_teacher=check_teacher,
   of_teacher=of_teacher,
   waiting=waiting,
-  warmups=("quantise.warmup",),
   student=student,
-  method=method,
   optimiser=optimiser,
   begin=begin,
   report=report,
