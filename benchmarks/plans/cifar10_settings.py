@@ -27,5 +27,7 @@ ROWS = (
   row("rate 3e-3, adversarial 0.3", *FAST, "loss.generator.adversarial=0.3"),
   row("rate 3e-3, scl 0", *FAST, "loss.generator.scl=0"),
   row("rate 3e-3, 14 student steps, 15 iterations", *FAST, "student.steps=14", "schedule.iterations=15"),
+  row("rate 3e-3, student's rate 0.05", *FAST, "student.lr=0.05"),
+  row("rate 3e-3, 6 epochs for the generator alone", *FAST, "generator.warmup_epochs=6", "schedule.epochs=13"),
   row("rate 3e-3, jittered", *FAST, "generator.crop_pad=4", "generator.flip=True"),
 )
