@@ -30,12 +30,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks import plan as plans
 from benchmarks.plan import Plan, Row, folder
-from cpsc_jax import checksums, tasks
+from cpsc_jax import checksums, schema, tasks
 from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name, save_figure
@@ -219,7 +218,9 @@ def curve(workdir: pathlib.Path, results: Mapping) -> dict[str, list[float]]:
   """At the measured epochs of a finished run: minutes of training, images that its student has seen, accuracy."""
   history = json.loads((workdir / "history.json").read_text())["student"]
   measured, seconds = [entry for entry in history if "accuracy" in entry], timeline(workdir)
-  resting = tasks.waiting_epochs(ConfigDict({"task": "distil", **results["config"]}))  # old ones name no task
+  config = schema.defaults()  # an old record lacks newer keys: it was run with their defaults
+  config.update(results["config"])
+  resting = tasks.waiting_epochs(config)
   each = results["samples"]["student"] / (len(history) - resting)
   epochs = [entry["epoch"] for entry in measured]
   return {
