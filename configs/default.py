@@ -48,9 +48,9 @@ def cpu(c):
 def cpsc_on_cpu(c):
   """CPSC-DFKD's own part of the variant "cpu"."""
   c.schedule.epochs, c.schedule.iterations = 24, 24
-  c.student.steps = 8
-  c.pool.replay_share, c.pool.dtype = 0.5, "uint8"
-  c.generator.update({"steps": 1, "schedule": "cosine"})
+  c.student.steps, c.student.lr = 8, 0.05
+  c.pool.replay_share, c.pool.dtype = 0.75, "uint8"
+  c.generator.update({"steps": 1, "lr": 3e-3, "schedule": "cosine", "crop_pad": 4, "flip": True})
   set_weights(c, generator={"adversarial": 1.0, "bn": 10.0, "ce": 0.5, "scl": 0.1}, student={"kd": 1.0})
   c.loss.kd_temperature = 20.0
 

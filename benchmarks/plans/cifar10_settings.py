@@ -7,8 +7,11 @@ WRN-16-1 of docs/teachers.md, and --config.dataset.data_dir=DIR.
 from benchmarks.plan import Row
 
 PAIR, BASE = "CIFAR-10, WRN-16-1 -> WRN-10-1, settings of CPSC-DFKD", "cpsc"
-SHORT = ("evaluate.split=validation", "precision=bfloat16", "schedule.epochs=8")
+FIRST = ("generator.lr=1e-3", "generator.crop_pad=0", "generator.flip=False", "student.lr=0.1", "pool.replay_share=0.5")
+SHORT = ("evaluate.split=validation", "precision=bfloat16", "schedule.epochs=8", *FIRST)
 FAST = ("generator.lr=3e-3",)
+JITTERED = (*FAST, "generator.crop_pad=4", "generator.flip=True")
+OFTEN = ("pool.replay_share=0.75",)
 
 
 def row(name: str, *flags: str) -> Row:
@@ -29,5 +32,9 @@ ROWS = (
   row("rate 3e-3, 14 student steps, 15 iterations", *FAST, "student.steps=14", "schedule.iterations=15"),
   row("rate 3e-3, student's rate 0.05", *FAST, "student.lr=0.05"),
   row("rate 3e-3, 6 epochs for the generator alone", *FAST, "generator.warmup_epochs=6", "schedule.epochs=13"),
-  row("rate 3e-3, jittered", *FAST, "generator.crop_pad=4", "generator.flip=True"),
+  row("rate 3e-3, jittered", *JITTERED),
+  row("rate 3e-3, jittered, three quarters replayed", *JITTERED, *OFTEN),
+  row("rate 3e-3, jittered, student's rate 0.05", *JITTERED, "student.lr=0.05"),
+  row("rate 3e-3, jittered, student's rate 0.05, three quarters replayed", *JITTERED, "student.lr=0.05", *OFTEN),
+  row("rate 3e-3, jittered, student's rate 0.03", *JITTERED, "student.lr=0.03"),
 )
