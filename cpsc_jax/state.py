@@ -115,6 +115,19 @@ class Hyper:
 
 
 @struct.dataclass
+class Prior:
+  """From which distribution labels are drawn.
+
+  Attributes:
+    shares: of the classes, (L,), sum 1.
+    disagreement: of each class, how often student and teacher disagree on its samples, (L,); None where shares stay.
+  """
+
+  shares: jax.Array
+  disagreement: jax.Array | None = None
+
+
+@struct.dataclass
 class State:
   """Everything that changes during training, and nothing else.
 
@@ -126,6 +139,7 @@ class State:
     trained: {name: TrainState} of what the method trains along with the generator, by the generator's loss.
     memory: what else the method keeps: an image pool, a bank, the order of the data.
     hyper: weights of the loss terms and factors of the learning rates; never changed by training.
+    prior: from which labels are drawn; None: all are equally likely.
   """
 
   step: jax.Array
@@ -135,6 +149,7 @@ class State:
   trained: dict[str, TrainState]
   memory: Tree
   hyper: Hyper
+  prior: Prior | None = None
 
   def tick(self) -> "State":
     return self.replace(step=self.step + 1)
