@@ -5,9 +5,9 @@
 
 Of each config, with a teacher and test images at random, since only time is asked for: a round is some epochs of the
 student, an evaluation, and a diagnosis with its arrays on the host and in their file, each timed. `share` is the median
-over rounds of the seconds of a diagnosis over those of evaluate.diagnostics_every epochs with their evaluations; GOAL is
-what it may be. A first round compiles; its seconds are written down, and not counted. The page, which a thread writes
-beside the training, is left out.
+over rounds of the seconds of a diagnosis over those of evaluate.diagnostics_every epochs with their evaluations; GOAL
+is what it may be. A first round compiles; its seconds are written down, and not counted. The page, which a thread
+writes beside the training, is left out.
 """
 
 import argparse

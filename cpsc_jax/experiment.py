@@ -13,9 +13,10 @@ from cpsc_jax import prior as priors
 from cpsc_jax.config import EMBEDDINGS, REAL_ARMS, Config, inverts, prior_shares, read_embedding
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
+from cpsc_jax.mesh import replicated
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Method, Noise, Player, Setup, Term
-from cpsc_jax.state import Batch, Hyper, State, Tree, View
+from cpsc_jax.state import PRIOR, Batch, Hyper, State, Tree, View
 from cpsc_jax.streams import Stream
 
 GENERATING_ARMS = ("distill", "untrained_generator")  # which draw labels
@@ -52,11 +53,8 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
     method = dataclasses.replace(method, generator_terms=terms)
-  prior = None
-  if config.arm in GENERATING_ARMS:
-    given = prior_shares(config, whole) if config.generator.prior == "given" else None
-    prior = priors.start(config.generator.prior, noise.num_labels, given)
-    method = following(config, method)
+  if config.arm in GENERATING_ARMS and config.generator.prior != "uniform":
+    method = with_prior(config, method, whole, mesh)
   if config.arm == "gaussian_noise":
     generator, method = None, on_noise(config, method, spec, mesh)
   steps = iterations * config.student.steps
@@ -78,7 +76,6 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     weights=weights(config, method),
     teacher=teacher,
     generator=generator,
-    prior=prior,
     student_trains_in_generator_steps=config.generator.student_mode == "train",
   )
 
@@ -91,23 +88,33 @@ def weights(config: Config, method: Method) -> dict[str, dict[str, float]]:
   }
 
 
-def following(config: Config, method: Method) -> Method:
-  """A method whose `State.prior`, under config.generator.prior "need", follows what its student learns."""
-  c = config.generator
-  if c.prior != "need":
-    return method
+def with_prior(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:
+  """A method whose labels have the prior of a config; under "need" it follows what the student learns.
+
+  Args:
+    spec: the whole data set, new classes included.
+  """
+  c, number = config.generator, method.noise.num_labels
+  start = priors.start(c.prior, number, prior_shares(config, spec) if c.prior == "given" else None)
   need = priors.Need(c.prior_floor, c.prior_momentum)
+
+  def init(key: jax.Array) -> tuple[dict, Tree]:
+    trained, memory = method.init(key)
+    return trained, {**memory, PRIOR: jax.tree.map(lambda x: jnp.asarray(x, float), start)}
 
   def learned(state: State, batch: Batch, outputs: Tree) -> State:
     """A sample between classes counts for each by its share, and one of a class that is not drawn for none."""
-    state, number = method.learned(state, batch, outputs), state.prior.shares.shape[-1]
     taught = outputs["teacher_logits"]
     ours = outputs["student"].logits[:, : taught.shape[-1]]  # among the teacher's classes
     disagree = jnp.argmax(ours, axis=-1) != jnp.argmax(taught, axis=-1)
     members = jax.nn.one_hot(batch.labels, number) if batch.targets is None else batch.targets[:, :number]
-    return state.replace(prior=priors.followed(state.prior, need, members, disagree))
+    return state.with_prior(priors.followed(state.prior, need, members, disagree))
 
-  return dataclasses.replace(method, learned=learned)
+  changed = {"init": init, **({"learned": learned} if c.prior == "need" else {})}
+  if method.shardings:
+    trained, memory = method.shardings
+    changed["shardings"] = trained, {**memory, PRIOR: replicated(mesh)}
+  return dataclasses.replace(method, **changed)
 
 
 def on_noise(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:
@@ -157,7 +164,7 @@ def _with_prior(setup: Setup, state: State, key: jax.Array, image_shape: tuple[i
   net, variables = nets.deployed(setup.teacher, teacher)
   shares = priors.of_teacher(net, variables, key, image_shape)
   shares = priors.first(shares, state.prior.shares.shape[-1]).astype(state.prior.shares.dtype)
-  return state.replace(prior=state.prior.replace(shares=shares))
+  return state.with_prior(state.prior.replace(shares=shares))
 
 
 def _with_inherited(state: State, teacher: Tree) -> State:

@@ -24,8 +24,7 @@ def state(setup: Setup, key: jax.Array, image_shape: tuple[int, int, int]) -> St
   trained, memory = setup.method.init(streams.key(key, Stream.METHOD_INIT))
   hyper = Hyper(weights(setup.weights.get("generator", {})), weights(setup.weights["student"]))
   training = streams.key(key, Stream.TRAINING)
-  prior = jax.tree.map(lambda shares: jnp.asarray(shares, float), setup.prior)
-  return State(step_counter(), training, generator, student, trained, memory, hyper, prior)
+  return State(step_counter(), training, generator, student, trained, memory, hyper)
 
 
 def weights(terms: dict[str, float]) -> Weights:
@@ -42,7 +41,7 @@ def shardings(setup: Setup) -> State:
   """Where the parts of a state lie: on every device, but for what the method splits over them."""
   whole = replicated(setup.mesh)
   trained, memory = setup.method.shardings or (whole, whole)
-  return State(whole, whole, whole, whole, trained, memory, whole, whole)
+  return State(whole, whole, whole, whole, trained, memory, whole)
 
 
 def placed(setup: Setup, state: State) -> State:

@@ -1,6 +1,7 @@
 """From which distribution the labels are drawn that a generator is asked for: shares of the classes, (L,), sum 1.
 
-They lie in `State.prior`, so that members of a sweep may differ in them and a resumed run goes on with what it had.
+They lie in the state (`State.prior`), so that members of a sweep may differ in them and a resumed run goes on with what
+it had.
 """
 
 import dataclasses
@@ -137,8 +138,8 @@ def of_teacher(net: Any, variables: Tree, key: jax.Array, image_shape: tuple[int
   return jnp.mean(means, axis=0)
 
 
-def start(kind: str, number: int, given: np.ndarray | None = None) -> Prior | None:
-  """The prior of a kind (a choice of config.generator.prior) with which training begins; None: all labels alike.
+def start(kind: str, number: int, given: np.ndarray | None = None) -> Prior:
+  """The prior of a kind (a choice of config.generator.prior) with which training begins, of NumPy's arrays.
 
   Shares of "teacher" are put in where the teacher is there; those of "need" begin alike.
 
@@ -146,8 +147,6 @@ def start(kind: str, number: int, given: np.ndarray | None = None) -> Prior | No
     number: L; labels are below it.
     given: (L,) the shares of "given".
   """
-  if kind == "uniform":
-    return None
   shares = np.full(number, 1 / number) if given is None else given
   return Prior(shares, np.ones(number) if kind == "need" else None)
 

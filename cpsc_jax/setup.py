@@ -182,7 +182,6 @@ class Setup:
     teacher: a flax.linen.Module, or None where labels alone teach.
     generator: None where nothing is generated.
     weights: {"generator": {name: weight}, "student": {name: weight}} of the active terms, with which a state begins.
-    prior: the `State.prior` with which a state begins, as NumPy's arrays.
     student_trains_in_generator_steps: the student is in training mode there and its running statistics move, as in
       the published code of CPSC-DFKD; else it is in evaluation mode.
   """
@@ -193,7 +192,6 @@ class Setup:
   weights: dict[str, dict[str, float]]
   teacher: Any = None
   generator: Player | None = None
-  prior: Prior | None = None
   student_trains_in_generator_steps: bool = False
 
   def optimiser_of(self, name: str) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from test_methods import DIGITS, config_of, on_host, resolved, start
 from test_quantise import resolved as quantised
 from test_quantise import start as start_quantised
 
-from cpsc_jax import algorithm, checkpoint, config, datasets, experiment, initial, mesh, nets, prior, saved, streams
+from cpsc_jax import algorithm, checkpoint, config, datasets, experiment, mesh, nets, prior, saved, streams
 from cpsc_jax import tasks as all_tasks
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import main
@@ -43,8 +43,8 @@ def test_uniform_labels_are_those_that_were_drawn_before(balanced):
   key = streams.key(KEY, Stream.LABELS)
   before = jax.random.permutation(key, jnp.arange(37) % 5) if balanced else jax.random.randint(key, (37,), 0, 5)
   assert np.array_equal(y, before) and y.dtype == jnp.int32
-  setup, _, state = start("cpsc")
-  assert setup.prior is None and state.prior is None
+  _, _, state = start("cpsc")
+  assert state.prior is None and state.memory == {}
 
 
 def test_labels_have_the_given_shares():
@@ -289,7 +289,7 @@ def test_every_method_that_has_labels_draws_them_so(method, kind):
   setup, teacher, state = start.__wrapped__(method, **changes)
   before = np.asarray(state.prior.shares)
   if kind == "need":  # not what it begins with, which nets that never agree would leave as it is
-    state = state.replace(prior=state.prior.replace(disagreement=jnp.full(10, 0.5)))
+    state = state.with_prior(state.prior.replace(disagreement=jnp.full(10, 0.5)))
   state, _ = iterations(setup, teacher, state)
   assert np.array_equal(before, state.prior.shares) == (kind == "given")
   pool = setup.method.pool(state)
@@ -298,8 +298,8 @@ def test_every_method_that_has_labels_draws_them_so(method, kind):
 
 
 def test_a_limit_of_labels_cuts_the_shares():
-  setup, *_ = start("cpsc", **{"generator.prior": "given", "generator.prior_shares": GIVEN, "generator.label_limit": 3})
-  np.testing.assert_allclose(setup.prior.shares, [5 / 8, 0, 3 / 8])
+  *_, state = start("cpsc", **{"generator.prior": "given", "generator.prior_shares": GIVEN, "generator.label_limit": 3})
+  np.testing.assert_allclose(state.prior.shares, [5 / 8, 0, 3 / 8])
 
 
 @pytest.mark.slow
@@ -338,8 +338,8 @@ def test_a_quantised_student_has_needs_too():
 
 
 def test_control_arms_without_a_generator_have_no_prior():
-  setup, *_ = start("cpsc", **{"generator.prior": "need", "arm": "gaussian_noise"})
-  assert setup.prior is None and initial.state(setup, KEY, DIGITS.image_shape).prior is None
+  *_, state = start("cpsc", **{"generator.prior": "need", "arm": "gaussian_noise"})
+  assert state.prior is None
 
 
 # A long tail, from the teacher to the results.

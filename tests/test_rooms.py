@@ -79,6 +79,7 @@ ROOMS = {
     "errors",
     "gradients",
     "initial",
+    "mesh",
     "methods",
     "nets",
     "optim",
