@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cpsc_jax.config import settled
 from cpsc_jax.errors import RESUME, Refusal
@@ -57,7 +57,7 @@ class Plan:
   """What a plan's file declares.
 
   `base` is the row with which others are compared, seed by seed; `published` are rows of others: (what, accuracy, of
-  which teacher).
+  which teacher). `curves` are {what is varied: {its value: the row's name}}, of which each is a panel of a picture.
   """
 
   name: str
@@ -65,6 +65,7 @@ class Plan:
   rows: tuple[Row, ...]
   base: str = ""
   published: tuple[tuple[str, str, str], ...] = ()
+  curves: Mapping[str, Mapping[float, str]] = dataclasses.field(default_factory=dict)
 
   def row(self, name: str) -> Row:
     return next(row for row in self.rows if row.name == name)
@@ -86,9 +87,13 @@ def read(path: pathlib.Path) -> Plan:
   rows = tuple(scope["ROWS"])
   if len({row.slug for row in rows}) < len(rows):
     raise Refusal(f"plan {path} has two rows of the same name; rename one.")
-  plan = Plan(path.stem, scope["PAIR"], rows, scope.get("BASE", ""), tuple(scope.get("PUBLISHED", ())))
-  if plan.base and plan.base not in {row.name for row in rows}:
-    raise Refusal(f"plan {path} has no row '{plan.base}', which its BASE names.")
+  published, curves = tuple(scope.get("PUBLISHED", ())), scope.get("CURVES", {})
+  plan = Plan(path.stem, scope["PAIR"], rows, scope.get("BASE", ""), published, curves)
+  named = [("BASE", plan.base)] if plan.base else []
+  named += [("CURVES", name) for points in curves.values() for name in points.values()]
+  for where, name in named:
+    if name not in {row.name for row in rows}:
+      raise Refusal(f"plan {path} has no row '{name}', which its {where} names.")
   known: dict[str, Row] = {}
   for row in rows:
     trains = known.get(row.teacher)

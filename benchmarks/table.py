@@ -4,17 +4,17 @@
     [--into docs/results.md] [--config.KEY=VALUE ...]
 
 A plan is a Python file with PAIR (a title) and ROWS, best expected evidence first; also BASE, the row with which others
-are compared seed by seed, and PUBLISHED, figures of others for the same pair. Each seed of a row is a run of its own in
-OUT/PLAN/ROW-SEED. A finished run is not repeated; with --budget nothing is begun after that time, and what is under way
-is stopped then and resumed by the next call, here or where OUT was copied to. Flags after the options are given to
-every run, such as the folder of a teacher. With --jobs N that many runs are under way at a time, each on its own share
-of the cores.
+are compared seed by seed, PUBLISHED, figures of others for the same pair, and CURVES, {what is varied: {value: row}}.
+Each seed of a row is a run of its own in OUT/PLAN/ROW-SEED. A finished run is not repeated; with --budget nothing is
+begun after that time, and what is under way is stopped then and resumed by the next call, here or where OUT was copied
+to. Flags after the options are given to every run, such as the folder of a teacher. With --jobs N that many runs are
+under way at a time, each on its own share of the cores.
 
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
 of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
-shows accuracy against time and against images, all rows in one picture. A row is written from results.json of finished
-runs alone. Of a run that is not in OUT, what the .json file has of the same command stays; delete it there, or run it
-again here, to be rid of it.
+shows accuracy against time and against images, all rows in one picture. A plan with CURVES has PLAN_curves.png as well,
+accuracy against what is varied. A row is written from results.json of finished runs alone. Of a run that is not in OUT,
+what the .json file has of the same command stays; delete it there, or run it again here, to be rid of it.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from cpsc_jax.record import write_whole
 from cpsc_jax.report import fidelity_name, save_figure
 
 AVERAGE = "average incremental accuracy"
+THIRDS = ("head", "middle", "tail")  # of the classes of a long-tailed training split
 KEPT = (
   "seed",
   "arm",
@@ -78,7 +79,7 @@ def kept(workdir: pathlib.Path) -> dict | None:
   results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
   phases = results.get("incremental")
   more = {"incremental": phases} if phases else {"curve": curve(workdir, results)}
-  more |= {name: results[name] for name in ("quantised",) if name in results}
+  more |= {name: results[name] for name in ("quantised", "long_tail", "prior") if name in results}
   return {key: results[key] for key in KEPT} | origin | more
 
 
@@ -87,6 +88,8 @@ def table(plan: Plan, found: Mapping[str, list[dict]]) -> str:
   against = f"against {plan.base}" if plan.base else ""
   columns = ("row", "seeds", "last epoch", "mean", "deviation", against, "best epoch", "gap to teacher", "agreement")
   columns = (*columns, "fidelity", "student's images", "seconds")
+  if any("long_tail" in run for runs in found.values() for run in runs):
+    columns = (*columns[:6], *THIRDS, *columns[6:])
   if any("incremental" in run for runs in found.values() for run in runs):
     columns = ("row", "seeds", AVERAGE, "mean", "deviation", against, "at the end", "forgetting", "seconds")
   elif any("quantised" in run for runs in found.values() for run in runs):
@@ -134,6 +137,9 @@ def _cells(runs: list[dict]) -> dict[str, str]:
   if stages := [r["quantised"] for r in runs if "quantised" in r]:
     for stage in ("without_data", "calibrated"):
       common[stage.replace("_", " ")] = ", ".join(f"{of[stage]:.4f}" for of in stages)
+  if all("long_tail" in r for r in runs):
+    for third in THIRDS:
+      common[third] = f"{statistics.mean(r['long_tail']['student']['last'][third] for r in runs):.4f}"
   return common | {
     "last epoch": ", ".join(f"{value:.4f}" for value in accuracies),
     "best epoch": ", ".join(f"{entry['accuracy']:.4f} at {entry['epoch']}" for entry in best),
@@ -169,6 +175,10 @@ def _notes(plan: Plan, found: Mapping[str, list[dict]]) -> list[str]:
     each = ", ".join(f"{accuracy:.4f} (seed {seed})" for seed, accuracy in sorted(pairs))
     several = len(set(values)) > 1
     lines.append(f"Teacher {net}: {f'{each}; mean {statistics.mean(values):.4f}' if several else f'{values[0]:.4f}'}.")
+  if tails := [r["long_tail"] for r in runs if "long_tail" in r]:
+    parts = ", ".join(f"{third} {statistics.mean(of['teacher'][third] for of in tails):.4f}" for third in THIRDS)
+    counts = ", ".join(map(str, tails[0]["images_per_class"]))
+    lines.append(f"The teachers' training images per class: {counts}; their accuracy in the mean: {parts}.")
   measured = {
     f"{r['evaluation']['images']:,} images of the {r['evaluation']['split']} split; {r['hardware']['cores']} core(s) of"
     f" {r['hardware']['cpu']}, {r['hardware']['devices']} x {r['hardware']['device']}."
@@ -191,12 +201,12 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str,
   out.mkdir(parents=True, exist_ok=True)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
   write_whole(out / f"{plan.name}.json", (json.dumps(found, indent=2) + "\n").encode())
-  picture = out / f"{plan.name}.png"
-  drawn = draw(plan, found, picture)
+  pictures = {out / f"{plan.name}.png": draw, out / f"{plan.name}_curves.png": draw_curves}
+  drawn = [path for path, picture in pictures.items() if picture(plan, found, path)]
   if into:
     put_between(into, (f"<!-- table {plan.name} -->", f"<!-- /table {plan.name} -->"), text)
     write_whole(numbers, (json.dumps(known | {plan.name: found}, indent=2) + "\n").encode())
-    if drawn:
+    for picture in drawn:
       write_whole(into.with_name(picture.name), picture.read_bytes())
   return found
 
@@ -255,6 +265,36 @@ def draw(plan: Plan, found: Mapping[str, list[dict]], path: pathlib.Path) -> boo
   if not by_time.lines:
     return False
   figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+  save_figure(figure, path, dpi=120)
+  return True
+
+
+def draw_curves(plan: Plan, found: Mapping[str, list[dict]], path: pathlib.Path) -> bool:
+  """Accuracy at the last epoch against what each of the plan's curves varies, a panel for each, as a PNG.
+
+  A point is the mean of a row's finished seeds, its bar their standard deviation; a point whose row is the plan's base
+  is filled. Nothing is drawn, and False returned, if no row of a curve has a finished run.
+  """
+  curves = {
+    title: {value: [headline(run) for run in found.get(row, [])] for value, row in sorted(points.items())}
+    for title, points in plan.curves.items()
+  }
+  if not any(accuracies for points in curves.values() for accuracies in points.values()):
+    return False
+  figure = Figure(figsize=(3.3 * len(curves), 3.4), layout="constrained")
+  panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+  for panel, (title, points) in zip(panels, curves.items(), strict=True):
+    points = {value: accuracies for value, accuracies in points.items() if accuracies}
+    means = [statistics.mean(accuracies) for accuracies in points.values()]
+    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in points.values()]
+    panel.errorbar(list(points), means, deviations, fmt="o-", mfc="white", capsize=3, lw=1.2)
+    for value, mean in zip(points, means, strict=True):
+      if plan.curves[title][value] == plan.base:
+        panel.plot([value], [mean], "o", color=panel.lines[0].get_color())
+    panel.set(xlabel=title)
+    panel.grid(alpha=0.3)
+  panels[0].set(ylabel="accuracy")
+  figure.suptitle(plan.pair, fontsize="medium")
   save_figure(figure, path, dpi=120)
   return True
 

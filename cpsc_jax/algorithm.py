@@ -85,7 +85,7 @@ def student_step(setup: Setup, teacher: Tree, data: Any = None) -> Step:
       images = setup.student.augment(streams.key(key, Stream.AUGMENTATION), batch.images)
       batch = batch.replace(images=images)
     state, aux = student_update(setup, teacher, state, batch, key)
-    return state, aux.losses
+    return setup.method.learned(state, batch, aux.outputs), aux.losses
 
   return step
 
@@ -196,7 +196,7 @@ def student_loss(setup: Setup, weights: Weights, memory: Tree = None) -> Callabl
     known = {"targets": batch.targets, "memory": memory, "student_params": params}
     view = View(batch.labels, t, s, key=streams.key(key, Stream.TERMS), **known)
     losses = weighted_sum(setup.method.student_terms, weights.terms, view)
-    return losses.total, Aux(losses, stats, {"student": s})
+    return losses.total, Aux(losses, stats, {"student": s, "teacher_logits": None if t is None else t.logits})
 
   return loss
 

@@ -279,6 +279,10 @@ def wrong_in(card: Mapping[str, Any]) -> str:
     and all(isinstance(each, str) for each in names)
   ):
     return f"says class_names {_short(names)}; it must be {card['num_classes']:,} texts, one for each class"
+  counts = card.get("images_per_class", [0] * card["num_classes"])
+  whole = isinstance(counts, list) and all(type(each) is int and 0 <= each < 2**40 for each in counts)
+  if not whole or len(counts) != card["num_classes"]:
+    return f"says images_per_class {_short(counts)}; it must be {card['num_classes']:,} counts, one for each class"
   return ""
 
 

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cpsc_jax import files, methods, nets, schema, tasks
+from cpsc_jax import files, methods, nets, prior, schema, tasks
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.mesh import check_divisible, device_memory
@@ -35,6 +35,7 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   config.loss.ikd_form = form
   config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999, "optimiser": "restarted_adam", "conditional": True})
   config.generator.update({"crop_pad": 0, "flip": False, "label_limit": 100, "labels": "uniform", "clip": 0.0})
+  config.generator.update({"prior": "uniform", "prior_shares": ""})
   config.generator.update({"output": "tanh", "init": "torch", "epsilon": 0.0})
   config.generator.update({"student_mode": "train", "stats_in_student_steps": True})
   config.student.update({"crop_pad": 0, "flip": False, "head": "frozen", "optimiser": "sgd", "decay_norms": True})
@@ -66,6 +67,11 @@ def resolve(
     check(config, spec, mesh)
   teacher = teacher or nets.classifier(config.teacher.net, spec.num_classes)
   tasks.of(config).check_teacher(config, teacher, spec.image_shape)
+  if config.generator.prior == "teacher" and not nets.has_statistics(teacher, spec.image_shape):
+    raise Refusal(
+      "config.generator.prior is 'teacher', which is estimated by batch norms, and the teacher has none; set it to"
+      " 'given', with config.generator.prior_shares, or to another."
+    )
   check_terms(config, spec, mesh, teacher)
   return ml_collections.FrozenConfigDict(config)
 
@@ -162,6 +168,51 @@ def check_norm_parts(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> 
 
 def check_method(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   methods.check(config, mesh)
+
+
+def check_prior(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
+  """Refuses a prior of labels where these have no effect, or where a term asks for equal classes."""
+  c, given = config.generator, f"config.generator.prior is '{config.generator.prior}'"
+  if c.prior_shares and c.prior != "given":
+    raise Refusal(f"config.generator.prior_shares is set, but {given}; set it to 'given', or prior_shares to nothing.")
+  if c.prior == "uniform":
+    return
+  if not (c.conditional or inverts(config)):
+    raise Refusal(
+      f"{given}, but config.generator.conditional is False, so that labels have no effect on what method"
+      f" '{config.method}' generates; set one of the two."
+    )
+  for term in ("balance", "even"):
+    if config.loss.generator.get(term):
+      raise Refusal(
+        f"{given}, but the term config.loss.generator.{term} pulls towards equally many samples of all classes; set its"
+        " weight to 0, or prior to 'uniform'."
+      )
+  if c.prior == "given":
+    prior_shares(config, spec)
+
+
+def prior_shares(config: Config, spec: Dataset) -> np.ndarray:
+  """The given shares of the classes from which labels are drawn, (L,), sum 1.
+
+  Raises:
+    Refusal: no shares, or not one for each class.
+  """
+  shares = prior.read(config.generator.prior_shares)
+  known = tasks.of(config).known(config, spec)
+  in_a_phase = known < spec.num_classes  # of class-incremental learning, where shares are those of all classes to come
+  if len(shares) < spec.num_classes or (len(shares) > spec.num_classes and not in_a_phase):
+    raise Refusal(
+      f"config.generator.prior_shares has {len(shares)} numbers, and '{config.dataset.name}' has {spec.num_classes}"
+      " classes; give one number for each class."
+    )
+  number = min(config.generator.label_limit or known, known)
+  if not shares[:number].max() > 0:
+    raise Refusal(
+      f"config.generator.prior_shares has nothing but 0 for the first {number} classes, from which labels are drawn;"
+      " give one of them a share."
+    )
+  return prior.first(shares, number)
 
 
 def check_embedding(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
@@ -317,6 +368,7 @@ CHECKS = (
   check_memory,
   check_method,
   check_warmup,
+  check_prior,
   check_embedding,
   check_augmentation,
   check_splits,

@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import datasets, initial, methods, nets, optim, sources, tasks
-from cpsc_jax.config import EMBEDDINGS, Config, inverts, read_embedding
+from cpsc_jax import datasets, initial, methods, nets, optim, sources, streams, tasks
+from cpsc_jax import prior as priors
+from cpsc_jax.config import EMBEDDINGS, Config, inverts, prior_shares, read_embedding
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.gradients import Policy
+from cpsc_jax.mesh import replicated
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Method, Noise, Player, Setup, Term
-from cpsc_jax.state import Hyper, State, Tree, View
+from cpsc_jax.state import PRIOR, Batch, Hyper, State, Tree, View
+from cpsc_jax.streams import Stream
+
+GENERATING_ARMS = ("distill", "untrained_generator")  # which draw labels
 
 
 def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sharding.Mesh) -> Setup:
@@ -25,7 +30,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     teacher: the teacher's module.
     card: `mean` and `std` of the teacher's input.
   """
-  task = tasks.of(config)
+  task, whole = tasks.of(config), spec
   student, has_head = build_student(config, spec, teacher)
   more = task.terms(config, student, spec.image_shape, spec.num_classes)
   spec = dataclasses.replace(spec, num_classes=task.known(config, spec))  # of which the generator draws
@@ -48,6 +53,8 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
     say("the teacher has no batch norm, so the term config.loss.generator.bn has nothing to compare and is off")
     terms = {name: term for name, term in method.generator_terms.items() if name != "bn"}
     method = dataclasses.replace(method, generator_terms=terms)
+  if config.arm in GENERATING_ARMS and config.generator.prior != "uniform":
+    method = with_prior(config, method, whole, mesh)
   if config.arm == "gaussian_noise":
     generator, method = None, on_noise(config, method, spec, mesh)
   steps = iterations * config.student.steps
@@ -81,6 +88,35 @@ def weights(config: Config, method: Method) -> dict[str, dict[str, float]]:
   }
 
 
+def with_prior(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:
+  """A method whose labels have the prior of a config; under "need" it follows what the student learns.
+
+  Args:
+    spec: the whole data set, new classes included.
+  """
+  c, number = config.generator, method.noise.num_labels
+  start = priors.start(c.prior, number, prior_shares(config, spec) if c.prior == "given" else None)
+  need = priors.Need(c.prior_floor, c.prior_momentum)
+
+  def init(key: jax.Array) -> tuple[dict, Tree]:
+    trained, memory = method.init(key)
+    return trained, {**memory, PRIOR: jax.tree.map(lambda x: jnp.asarray(x, float), start)}
+
+  def learned(state: State, batch: Batch, outputs: Tree) -> State:
+    """A sample between classes counts for each by its share, and one of a class that is not drawn for none."""
+    taught = outputs["teacher_logits"]
+    ours = outputs["student"].logits[:, : taught.shape[-1]]  # among the teacher's classes
+    disagree = jnp.argmax(ours, axis=-1) != jnp.argmax(taught, axis=-1)
+    members = jax.nn.one_hot(batch.labels, number) if batch.targets is None else batch.targets[:, :number]
+    return state.with_prior(priors.followed(state.prior, need, members, disagree))
+
+  changed = {"init": init, **({"learned": learned} if c.prior == "need" else {})}
+  if method.shardings:
+    trained, memory = method.shardings
+    changed["shardings"] = trained, {**memory, PRIOR: replicated(mesh)}
+  return dataclasses.replace(method, **changed)
+
+
 def on_noise(config: Config, method: Method, spec: Dataset, mesh: jax.sharding.Mesh) -> Method:
   """The student's terms of a method on images of noise, whose labels are what the teacher takes them for."""
 
@@ -103,7 +139,8 @@ def initial_state(
   """The state that a phase begins with, on the setup's devices.
 
   Under config.student.inherit a student, which has a teacher, starts with layers of it; under config.student.classifier
-  "teacher" it has its classifier. A generator that starts from an embedding of the classes is given it.
+  "teacher" it has its classifier. A generator that starts from an embedding of the classes is given it, and a prior
+  that is the teacher's is estimated.
 
   Raises:
     Refusal: a net has no classifier that can be found.
@@ -116,9 +153,18 @@ def initial_state(
       state = _with_classifier(setup, state, image_shape, teacher)
     if config.generator.embedding and state.generator is not None:
       state = _with_embedding(config, setup, state, image_shape, teacher)
+    if config.generator.prior == "teacher" and state.prior is not None and teacher is not None:
+      state = _with_prior(setup, state, streams.key(key, Stream.PRIOR), image_shape, teacher)
     if teacher is not None:
       state = tasks.of(config).begin(config, setup, state, image_shape, teacher)
     return initial.placed(setup, state)
+
+
+def _with_prior(setup: Setup, state: State, key: jax.Array, image_shape: tuple[int, int, int], teacher: Tree) -> State:
+  net, variables = nets.deployed(setup.teacher, teacher)
+  shares = priors.of_teacher(net, variables, key, image_shape)
+  shares = priors.first(shares, state.prior.shares.shape[-1]).astype(state.prior.shares.dtype)
+  return state.with_prior(state.prior.replace(shares=shares))
 
 
 def _with_inherited(state: State, teacher: Tree) -> State:

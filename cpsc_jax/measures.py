@@ -1,13 +1,14 @@
 """What is measured of a run after an epoch and at its end."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpsc_jax import diagnostics, evaluate, examine, experiment, nets, sources, streams
+from cpsc_jax import datasets, diagnostics, evaluate, examine, experiment, nets, sources, streams
 from cpsc_jax.config import Config
 from cpsc_jax.datasets import Split
 from cpsc_jax.mesh import replicate
@@ -88,12 +89,26 @@ class Programs:
 class Measures:
   """What is measured of a state.
 
-  Called, it gives the student's accuracy, its agreement with the teacher, and the samples' fidelity; `diagnose` gives
+  Called, it gives the student's accuracy, its agreement with the teacher, the samples' fidelity and, of a long-tailed
+  training split, the accuracy on the classes of each third of it, "head_accuracy" and so on; `diagnose` gives
   everything that `cpsc_jax.examine` finds, some of it from what the call before it saw of the same state.
   """
 
-  def __init__(self, c: Config, setup: Setup, teacher: Teacher, test: Split, programs: Programs | None = None):
-    """`programs` are those of a run with the same nets, method and data; None: its own."""
+  def __init__(
+    self,
+    c: Config,
+    setup: Setup,
+    teacher: Teacher,
+    test: Split,
+    programs: Programs | None = None,
+    images_per_class: Sequence[int] | None = None,
+  ):
+    """Measures the teacher.
+
+    Args:
+      programs: those of a run with the same nets, method and data; None: its own.
+      images_per_class: of a long-tailed training split, (C,); None: there is none.
+    """
     self.c, self.setup, self.teacher, self.test = c, setup, teacher, test
     self.programs = programs or Programs(c, setup, teacher.net, teacher.card, test.images.shape[1:])
     mesh = setup.mesh
@@ -102,6 +117,11 @@ class Measures:
       self.real = seen.features if seen.features is None else self.programs.some(seen.features)
       self.of_teacher = seen._replace(features=None)
       self.teacher_accuracy = float(evaluate.share_equal(seen.labels, test.labels, test.labels < self.programs.known))
+    self.images_per_class = list(images_per_class or ())
+    self.thirds = datasets.thirds(images_per_class) if images_per_class else {}
+    if not all(np.isin(test.labels, of).any() for of in self.thirds.values()):
+      self.thirds = {}  # no test images to measure one of them by
+    self._of_third = {name: jnp.isin(test.labels, jnp.asarray(of)) for name, of in self.thirds.items()}
     root = streams.root(c.seed)
     self.key = replicate(streams.key(root, Stream.SAMPLE_SHEET), mesh)
     self.diagnosis_key = replicate(streams.key(root, Stream.DIAGNOSIS), mesh)
@@ -120,7 +140,18 @@ class Measures:
     }
     if self.programs.labelled:
       scores[self.setup.method.fidelity] = fidelity[1]
-    return scores
+    return scores | {f"{name}_accuracy": share for name, share in self._by_third(predictions.labels).items()}
+
+  def _by_third(self, predicted: jax.Array) -> dict[str, jax.Array]:
+    """{"head", "middle", "tail"}: the accuracy () of predictions (N,) on the test images of these classes."""
+    return {name: evaluate.share_equal(predicted, self.test.labels, where) for name, where in self._of_third.items()}
+
+  def long_tail(self) -> dict[str, Any] | None:
+    """What is known of a long tail before training: its images, its thirds, and the teacher's accuracy on these."""
+    if not self.thirds:
+      return None
+    teacher = {name: float(share) for name, share in self._by_third(self.of_teacher.labels).items()}
+    return {"images_per_class": self.images_per_class, "classes": self.thirds, "teacher": teacher}
 
   def diagnose(self, state: State, epoch: int) -> dict[str, Any]:
     """{name: array} of everything that `cpsc_jax.examine` finds after an epoch; absent is what does not apply."""
@@ -131,6 +162,8 @@ class Measures:
     if samples:
       if self.programs.labelled:
         found["fidelity_per_class"] = fidelity[0]
+        if state.prior is not None:
+          found["label_shares"] = jnp.copy(state.prior.shares)  # the next epoch consumes the state
       found |= self.programs.of_samples(self.student(state), samples, self.real)
       found["grid"] = self.programs.pictures(samples.images)
       if self.c.evaluate.gradients:

@@ -244,15 +244,22 @@ def begun(
   teacher_accuracy: float,
   student: Tree,
   test_images: int,
+  long_tail: dict | None,
   command: Sequence[str] | None,
 ) -> dict:
-  """What results.json says that is known before the training; `student` are its variables as they will be saved."""
+  """What results.json says that is known before the training.
+
+  Args:
+    student: its variables as they will be saved.
+    long_tail: what `Measures.long_tail` says.
+  """
   return {
     **about(config, command),
     "teacher": _about_teacher(config, teacher, teacher_accuracy),
     "student": {"net": config.student.net, "parameters": nets.count_parameters(student["params"])},
     "evaluation": {"split": config.evaluate.split, "images": test_images},
     "class_names": data.class_names(),
+    **({"long_tail": long_tail} if long_tail else {}),
   }
 
 
@@ -367,6 +374,14 @@ def finish(
     "environments": _environments(teacher, outcome),
   }
   results = {**results, **of_training}
+  if outcome.state.prior is not None:
+    shares = np.asarray(outcome.state.prior.shares, np.float64)
+    results["prior"] = {"kind": config.generator.prior, "shares": shares.tolist()}
+  if "long_tail" in results:
+    results["long_tail"] = {
+      **results["long_tail"],
+      "student": _thirds(config, outcome, results["long_tail"]["classes"]),
+    }
   started -= teacher.earlier_seconds + outcome.earlier_seconds
   results["agreement"] = results["student"][config.evaluate.headline]["agreement"]
   history = {"teacher": teacher.card.get("history", []), "student": outcome.history}
@@ -467,9 +482,19 @@ def _about_teacher(config: Config, teacher: Teacher, accuracy: float) -> dict:
 
 def _scores(config: Config, outcome: Outcome) -> dict:
   """Epoch, accuracy and agreement of the last and of the best epoch."""
+  return {which: _scores_of(entry) for which, entry in _entries(config, outcome).items()}
+
+
+def _entries(config: Config, outcome: Outcome) -> dict[str, dict]:
+  """What the history says of the last and of the best epoch."""
   scored = {entry["epoch"]: entry for entry in outcome.history if "accuracy" in entry}
-  epochs = {"last": config.schedule.epochs, "best": outcome.best_epoch}
-  return {which: _scores_of(scored[e]) for which, e in epochs.items()}
+  return {"last": scored[config.schedule.epochs], "best": scored[outcome.best_epoch]}
+
+
+def _thirds(config: Config, outcome: Outcome, classes: Mapping[str, list[int]]) -> dict[str, dict[str, float]]:
+  """The student's accuracy on the classes of each third of a long tail, at the last and at the best epoch."""
+  entries = _entries(config, outcome)
+  return {which: {name: entry[f"{name}_accuracy"] for name in classes} for which, entry in entries.items()}
 
 
 def _scores_of(entry: dict) -> dict:

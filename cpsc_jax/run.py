@@ -128,18 +128,21 @@ def begun(
   teacher = given or teach.obtain_teacher(c, net, card, data, test, workdir, mesh, origin)
   origin["teacher"] = teacher.card.get("digest")
   record.bind(workdir, origin)
+  real_counts = None
   if c.arm in schema.REAL_ARMS:
     setup, (epoch, state), real = teach.real_arm(c, setup, teacher, data)
+    real_counts = teach.images_per_class(c, data) if c.dataset.imbalance > 1 else None
     origin |= real
   elif tasks.of(c).with_real:
     setup, (epoch, state), real = teach.new_classes(c, setup, teacher, data)
     origin |= real
   else:
     epoch, state = distillation(c, setup, teacher, data)
-  measures = Measures(c, setup, teacher, test, like.measures.programs if like else None)
+  counts = teacher.card.get("images_per_class") or real_counts
+  measures = Measures(c, setup, teacher, test, like.measures.programs if like else None, counts)
   say(measures.headline(state))
   accuracy, student = measures.teacher_accuracy, measures.student(state)
-  results = record.begun(c, data, teacher, accuracy, student, len(test), command)
+  results = record.begun(c, data, teacher, accuracy, student, len(test), measures.long_tail(), command)
   before = {name: float(score) for name, score in measures(state).items()} if tasks.of(c).report else {}
   with record.journal(workdir, results, setup, data.spec.num_classes, pages) as journal:
     plan = Plan(

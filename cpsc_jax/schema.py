@@ -188,6 +188,20 @@ GENERATOR = {
     'labels are drawn one by one; "balanced": every batch has all classes equally often',
     ("uniform", "balanced"),
   ),
+  "prior": Key(
+    "uniform",
+    'how often each class is asked for (docs/prior.md): "uniform"; "given", as prior_shares says; "teacher", as often'
+    ' as among the teacher\'s training images, which is estimated from it; "need", more often where the student'
+    " disagrees with the teacher",
+    ("uniform", "given", "teacher", "need"),
+  ),
+  "prior_shares": Key(
+    "",
+    'of "given": a number for each class, 5,3,1, or a .json, .npy or .txt file of them; in proportion to these labels'
+    " are drawn",
+  ),
+  "prior_floor": Key(0.5, 'of "need": the part of the labels that is drawn alike from all classes', PROBABILITY),
+  "prior_momentum": Key(0.99, 'of "need": what is left of the estimate of a class after one more sample of it', SHARE),
   "between_share": Key(
     0.0, "share of the student's fresh samples that lie between classes (Qimera, NeurIPS 2021)", SHARE
   ),
@@ -370,6 +384,13 @@ KEYS: dict[str, Key] = {
   ),
   "dataset.name": Key("cifar10", "a row of cpsc_jax.datasets.DATASETS, or what your own images were prepared as"),
   "dataset.data_dir": Key("", "where prepared data live; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets"),
+  "dataset.imbalance": Key(
+    1.0,
+    "the training split is cut to a long tail: the first class keeps all of its images, the last one this many times"
+    " fewer, and the others what an exponential has between them; 1: as it is. With a teacher.checkpoint it changes"
+    " nothing but the arms on real images",
+    Range(1, MANY),
+  ),
   **{f"teacher.{key}": value for key, value in TEACHER.items()},
   **{f"student.{key}": value for key, value in STUDENT.items()},
   **{f"generator.{key}": value for key, value in GENERATOR.items()},

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cpsc_jax import prior as priors
 from cpsc_jax import streams
 from cpsc_jax.gradients import Policy
 from cpsc_jax.mesh import batch_sharding
 from cpsc_jax.pool import Pool
-from cpsc_jax.state import Batch, Output, State, Tree, View
+from cpsc_jax.state import Batch, Output, Prior, State, Tree, View
 from cpsc_jax.streams import Stream
 
 LATENTS = "latents"  # the name in `State.trained` of latents that a method optimises; the generator is given these
@@ -37,13 +38,14 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """What a generator is asked for: standard normal latents, and labels that are all equally likely or equally common.
+  """What a generator is asked for: standard normal latents, and labels, by default equally likely or equally common.
 
   Attributes:
     latent_dim: width of the latents.
     num_labels: labels are below it.
     labelled: whether a label means the class asked for, so that label fidelity can be measured.
-    balanced: whether a batch has all labels equally often, in a random order, as far as they go.
+    balanced: whether a batch has all labels equally often, in a random order, as far as they go; or as often as a prior
+      says (`prior.stratified`).
     between: of a sample between classes, how many classes it lies between.
     mesh: batches are split over its devices.
   """
@@ -55,24 +57,31 @@ class Noise:
   balanced: bool = False
   between: int = 2
 
-  def draw(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """`number` latents (N, nz) and labels (N,) int32, from two streams of `key`."""
+  def draw(self, key: jax.Array, number: int, prior: Prior | None = None) -> tuple[jax.Array, jax.Array]:
+    """`number` latents (N, nz) and labels (N,) int32, from streams of `key`; `prior` is that of a `State`."""
     z = jax.random.normal(streams.key(key, Stream.LATENTS), (number, self.latent_dim))
     key_labels = streams.key(key, Stream.LABELS)
-    if self.balanced:
+    if prior is not None and self.balanced:
+      y = priors.stratified(streams.key(key, Stream.OFFSET), key_labels, prior.shares, number)
+    elif prior is not None:
+      y = priors.drawn(key_labels, prior.shares, (number,))
+    elif self.balanced:
       y = jax.random.permutation(key_labels, jnp.arange(number, dtype=jnp.int32) % self.num_labels)
     else:
       y = jax.random.randint(key_labels, (number,), 0, self.num_labels)
     return jax.lax.with_sharding_constraint((z, y), batch_sharding(self.mesh))
 
-  def draw_between(self, key: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+  def draw_between(self, key: jax.Array, number: int, prior: Prior | None = None) -> tuple[jax.Array, jax.Array]:
     """`number` points between classes: the classes (N, between) int32, and the weight of each, (N, between).
 
     Weights are the softmax of standard normal numbers (Qimera: Choi et al., NeurIPS 2021, arXiv 2111.02625); in each
     row the heaviest class comes first.
     """
     key_labels, key_weights = streams.key(key, Stream.LABELS), streams.key(key, Stream.BETWEEN)
-    y = jax.random.randint(key_labels, (number, self.between), 0, self.num_labels)
+    if prior is None:
+      y = jax.random.randint(key_labels, (number, self.between), 0, self.num_labels)
+    else:
+      y = priors.drawn(key_labels, prior.shares, (number, self.between))
     weights = jax.nn.softmax(jax.random.normal(key_weights, (number, self.between)))
     return y, -jnp.sort(-weights, axis=-1)
 
@@ -99,6 +108,7 @@ class Method:
     keep: (state, key, images -> the teacher's `Output`) -> state, after the last generator update.
     source: (state, key, data) -> (state, `Batch`), what a student update learns from. `data` is the training split
       where `cpsc_jax.teach` hands one over, and None in data-free training.
+    learned: (state, batch, what the student's loss returned beside its value) -> state, after a student update.
     samples: (state, key, label, number) -> (images (number, H, W, K), which of them exist (number,)), for diagnostics.
     pool: state -> the image pool, or None.
     noise: what the generator is asked for; None where nothing is generated.
@@ -122,6 +132,7 @@ class Method:
   record: Callable[[View], dict[str, jax.Array]] = lambda view: {}
   observe: Callable[..., State] = _unchanged
   keep: Callable[[State, jax.Array, Teach], State] = _unchanged
+  learned: Callable[[State, Batch, Tree], State] = _unchanged
   samples: Callable[..., tuple[jax.Array, jax.Array]] | None = None
   pool: Callable[[State], Pool | None] = lambda state: None
   noise: Noise | None = None

@@ -38,10 +38,10 @@ def fresh(
   """
 
   def source(state: State, key: jax.Array, _: Any) -> tuple[State, Batch]:
-    z, y = noise.draw(key, number)
+    z, y = noise.draw(key, number, state.prior)
     targets = None
     if between:
-      classes, weights = noise.draw_between(streams.key(key, Stream.BETWEEN), between)
+      classes, weights = noise.draw_between(streams.key(key, Stream.BETWEEN), between, state.prior)
       y = y.at[number - between :].set(classes[:, 0])
       mixed = jnp.einsum("nk,nkc->nc", weights, jax.nn.one_hot(classes, generator.num_classes))
       targets = jax.nn.one_hot(y, generator.num_classes).at[number - between :].set(mixed)

@@ -9,6 +9,7 @@ from flax import struct
 from flax.training.dynamic_scale import DynamicScale
 
 Tree = Any
+PRIOR = "prior"  # the name in `State.memory` of the prior of labels
 
 
 @struct.dataclass
@@ -115,6 +116,19 @@ class Hyper:
 
 
 @struct.dataclass
+class Prior:
+  """From which distribution labels are drawn.
+
+  Attributes:
+    shares: of the classes, (L,), sum 1.
+    disagreement: of each class, how often student and teacher disagree on its samples, (L,); None where shares stay.
+  """
+
+  shares: jax.Array
+  disagreement: jax.Array | None = None
+
+
+@struct.dataclass
 class State:
   """Everything that changes during training, and nothing else.
 
@@ -124,7 +138,7 @@ class State:
     generator: its TrainState; None where nothing is generated (training on real data).
     student: the TrainState of the net that learns; the parameters of a feature head are among its parameters.
     trained: {name: TrainState} of what the method trains along with the generator, by the generator's loss.
-    memory: what else the method keeps: an image pool, a bank, the order of the data.
+    memory: what else the method keeps: an image pool, a bank, the order of the data, the `Prior` of labels (PRIOR).
     hyper: weights of the loss terms and factors of the learning rates; never changed by training.
   """
 
@@ -135,6 +149,14 @@ class State:
   trained: dict[str, TrainState]
   memory: Tree
   hyper: Hyper
+
+  @property
+  def prior(self) -> Prior | None:
+    """From which labels are drawn; None: all are equally likely."""
+    return self.memory.get(PRIOR) if isinstance(self.memory, dict) else None
+
+  def with_prior(self, prior: Prior) -> "State":
+    return self.replace(memory={**self.memory, PRIOR: prior})
 
   def tick(self) -> "State":
     return self.replace(step=self.step + 1)

@@ -26,6 +26,7 @@ class Stream(enum.StrEnum):
   HEAD_INIT = "head_init"
   KERNELS_INIT = "kernels_init"
   METHOD_INIT = "method_init"
+  PRIOR = "prior"
   TRAINING = "training"
   # of training, one per iteration, and of an iteration
   ITERATIONS = "iterations"
@@ -36,6 +37,7 @@ class Stream(enum.StrEnum):
   # of the start of an iteration or of a step
   LATENTS = "latents"
   LABELS = "labels"
+  OFFSET = "offset"
   BETWEEN = "between"
   SOURCE = "source"
   AUGMENTATION = "augmentation"

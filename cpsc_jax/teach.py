@@ -9,13 +9,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from cpsc_jax import algorithm, checkpoint, evaluate, experiment, methods, nets, optim, saved, sources, streams, tasks
+from cpsc_jax import (
+  algorithm,
+  checkpoint,
+  datasets,
+  evaluate,
+  experiment,
+  methods,
+  nets,
+  optim,
+  saved,
+  sources,
+  streams,
+  tasks,
+)
 from cpsc_jax.config import Config
 from cpsc_jax.datasets import Data, Split
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Plan, train
-from cpsc_jax.mesh import replicate, replicated
+from cpsc_jax.mesh import primary_first, replicate, replicated
 from cpsc_jax.methods import terms
 from cpsc_jax.progress import say
 from cpsc_jax.setup import Method, Player, Setup, Term
@@ -45,10 +59,11 @@ def describe_teacher(config: Config, data: Data) -> dict:
 
   Raises:
     Refusal: nothing saved there; an unknown net; other classes, image size or channels than the data set's; a teacher
-      that was trained on the images that the run would evaluate on.
+      that was trained on the images that the run would evaluate on; a long tail without an image of some class.
   """
   spec, folder = data.spec, config.teacher.checkpoint
   if not folder:
+    cut = config.dataset.imbalance > 1 and "train" in spec.sizes
     return {
       "net": config.teacher.net,
       "num_classes": spec.num_classes,
@@ -57,6 +72,7 @@ def describe_teacher(config: Config, data: Data) -> dict:
       "mean": list(spec.mean or ()),
       "std": list(spec.std or ()),
       "dataset": data.name,
+      **({"images_per_class": images_per_class(config, data)} if cut else {}),
     }
   card = checkpoint.read_card(folder)
   if "quantised" in card:
@@ -133,8 +149,40 @@ def _trained_before(net: Any, folder: pathlib.Path, mesh: jax.sharding.Mesh, ori
   return Teacher(net, replicate(variables, mesh), card, card["seconds"], card["seconds"])
 
 
+def training_split(config: Config, data: Data) -> Split:
+  """The images to train on, cut to the long tail that config.dataset.imbalance asks for.
+
+  Raises:
+    Refusal: a class would be left without an image.
+  """
+  split = data.load_train(config.evaluate.split)
+  if config.dataset.imbalance == 1:
+    return split
+  rows = datasets.long_tail(np.asarray(split.labels), data.spec.num_classes, config.dataset.imbalance)
+  return Split(split.images[rows], split.labels[rows])
+
+
+def images_per_class(config: Config, data: Data) -> list[int]:
+  """How many images of each class `training_split` has, (C,); no image is decoded.
+
+  Raises:
+    Refusal: a class would be left without an image.
+  """
+  primary_first(data.require)
+  labels = data.labels("train")
+  if config.evaluate.split == "validation":
+    labels = labels[~datasets.is_held_out(data.spec)]
+  rows = datasets.long_tail(labels, data.spec.num_classes, config.dataset.imbalance)
+  return np.bincount(labels[rows], minlength=data.spec.num_classes).tolist()
+
+
 def _train_teacher(config: Config, net: Any, card: dict, data: Data, test: Split, workdir, mesh, origin):
-  c, split = config.teacher, data.load_train(config.evaluate.split)
+  c, split = config.teacher, training_split(config, data)
+  if c.batch_size > len(split):
+    raise Refusal(
+      f"config.teacher.batch_size is {c.batch_size}, more than the {len(split)} training images of '{data.name}' that"
+      f" config.dataset.imbalance {config.dataset.imbalance:g} leaves; make it smaller."
+    )
   origin, split = {**origin, "training_images": split.digest()}, split.put(replicated(mesh))
   steps = len(split) // c.batch_size
   say(f"teacher: {card['net']} on the {len(split)} training images of '{data.name}'")
@@ -183,7 +231,7 @@ def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tupl
   The arm "real_kd" keeps the student's terms, teacher and all, on real images and labels; "real_labels" has only
   their cross-entropy.
   """
-  split = data.load_train(config.evaluate.split)
+  split = training_split(config, data)
   origin, split = {"training_images": split.digest()}, split.put(replicated(setup.mesh))
   steps = config.schedule.iterations * setup.student.steps
   student = dataclasses.replace(setup.student, steps=steps)

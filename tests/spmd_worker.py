@@ -18,6 +18,10 @@ def smoke_config(method):
   """The config of a method's run of seconds on the digits."""
   if method == "cpsc":
     return digits.get_config("smoke")
+  if method == "need":
+    c = digits.get_config("smoke")
+    c.generator.update({"prior": "need", "labels": "balanced"})
+    return c
   if method == "incremental":
     return a_phase()
   return importlib.import_module(f"cpsc_jax.configs.{method}_cifar10").get_config("digits_smoke")
@@ -67,9 +71,9 @@ def main(out, scl_form, method, iterations):
   pool = setup.method.pool(state)
   if pool is not None and devices.size > 1:
     assert not pool.arrays["images"].sharding.is_fully_replicated
-  losses, params = jax.device_get((losses, state.student.params))
+  losses, params, prior = jax.device_get((losses, state.student.params, state.prior))
   if mesh.is_primary():
-    np.savez(out, devices=jax.device_count(), **flat({"terms": losses, "student": params}))
+    np.savez(out, devices=jax.device_count(), **flat({"terms": losses, "student": params, "prior": prior}))
 
 
 if __name__ == "__main__":

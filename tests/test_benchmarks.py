@@ -79,3 +79,29 @@ def test_the_share_in_which_the_device_computes(digits_dir, tmp_path, capsys):
   assert 0.2 < busy.measure([*flags, *short], 2) <= 1.01
   with pytest.raises(SystemExit, match="no 9 epochs to distil"):
     busy.measure([*flags, *short, "--config.seed=1", f"--workdir={tmp_path / 'other'}"], 6)
+
+
+def test_a_diagnosis_is_compared_with_the_epochs_that_it_covers():
+  diagnostics = pytest.importorskip("benchmarks.diagnostics")
+  # ten epochs of 2 s and two evaluations of 5 s
+  assert diagnostics.share_of(1.5, 2.0, 5.0, cadence=10, every=5) == pytest.approx(1.5 / 30)
+
+
+@pytest.mark.slow
+def test_what_diagnoses_cost(tmp_path, capsys):
+  diagnostics = pytest.importorskip("benchmarks.diagnostics")
+  flags = ["--config=digits:smoke", "--rounds=2", "--epochs=1", f"--out={tmp_path / 'out.json'}"]
+  assert diagnostics.main(flags) == 0
+  (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert row["diagnostics_every"] == 5 and all(len(values) == 2 for values in row["seconds"].values())
+  for parts in zip(*(row["seconds"][name] for name in ("diagnosis", "epoch", "evaluation", "share")), strict=True):
+    assert parts[3] == pytest.approx(parts[0] / (5 * parts[1] + 5 * parts[2])) and min(parts) > 0
+  capsys.readouterr()
+  for wrong, said in (
+    ("--config.evaluate.diagnostics_every=0", "there are no diagnoses to time"),
+    ("--config.dataset.name=mine", "config.dataset.name is 'mine'"),
+    ("--speed=1", "--speed=1 is not an option"),
+    ("--rounds=0", "--rounds is 0"),
+  ):
+    assert diagnostics.main([*flags, wrong]) == 2
+    assert said in capsys.readouterr().err

@@ -210,6 +210,8 @@ PUBLISHED = {
   "generator.output": "tanh",
   "generator.init": "torch",
   "generator.labels": "uniform",
+  "generator.prior": "uniform",
+  "generator.prior_shares": "",
   "pool.replay_share": 0.0,
   "loss.kd_standardise": False,
   "loss.kl_classes": "sum",
@@ -245,6 +247,7 @@ def test_reference_sets_every_published_option():
   weights = {key: 0.25 for key in keys_of(config) if key.startswith(("loss.generator.", "loss.student."))}
   words = {"loss.ikd_form": "log", "student.optimiser": "adamw", "loss.kl_classes": "mean"}
   words |= {"generator.output": "sigmoid", "generator.init": "normal", "generator.labels": "balanced"}
+  words |= {"generator.prior": "given", "generator.prior_shares": "1,2"}
   config.update_from_flattened_dict(others | weights | words)
   before = config.to_json()
   resolved = dict(schema.flatten(resolve(config)))

@@ -112,6 +112,39 @@ def test_splits_that_do_not_exist_are_refused(digits_dir):
     few.load_evaluation("validation")
 
 
+# Long tails.
+
+
+def test_a_long_tail_is_the_exponential_and_fixed(digits_dir):
+  labels = datasets.find("digits", digits_dir).labels("train")
+  there = np.bincount(labels)
+  rows = datasets.long_tail(labels, 10, 25.0)
+  kept = np.bincount(labels[rows])
+  assert kept.tolist() == [int(there[0] * 25 ** (-c / 9) + 1e-9) for c in range(10)] and kept[-1] == 5
+  assert np.array_equal(rows, np.unique(rows)), "in their order, none twice"
+  assert rows[:8].tolist() == LONG_TAIL and np.array_equal(rows, datasets.long_tail(labels, 10, 25.0))
+  assert np.isin(datasets.long_tail(labels, 10, 50.0), rows).all(), "a longer tail keeps none that a shorter one drops"
+  assert np.array_equal(datasets.long_tail(labels, 10, 1.0), np.arange(len(labels)))
+
+
+LONG_TAIL = [1, 3, 6, 8, 9, 10, 13, 17]
+
+
+def test_a_class_keeps_no_more_than_it_has():
+  labels = np.repeat([0, 1, 2], [100, 4, 50])
+  assert np.bincount(labels[datasets.long_tail(labels, 3, 10.0)]).tolist() == [100, 4, 10]
+  assert np.bincount(labels[datasets.long_tail(labels, 3, 100.0)]).tolist() == [100, 4, 1]
+  with pytest.raises(Refusal, match="leaves class 2 without a training image: the first class has 100; set it to at"):
+    datasets.long_tail(labels, 3, 101.0)
+  with pytest.raises(Refusal, match="needs at least 3 classes"):
+    datasets.long_tail(labels % 2, 2, 2.0)
+
+
+def test_thirds_of_the_classes():
+  thirds = datasets.thirds([5, 100, 20, 20, 1, 60, 3])
+  assert thirds == {"head": [1, 2, 5], "middle": [0, 3], "tail": [4, 6]}
+
+
 # Arrays.
 
 

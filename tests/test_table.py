@@ -149,6 +149,41 @@ def test_other_tasks_have_columns_of_their_own():
   assert "| base | 0 | 0.5000 | 0.7500 | 0.9000 | 0.9000 |  |  | 0.0900 | 0.9000 | 30 |" in text
 
 
+def test_a_long_tail_has_columns_for_its_thirds():
+  plan = plans.Plan("p", "a pair", (plans.Row("base", "digits", seeds=(0, 1)), plans.Row("other", "digits")), "base")
+
+  def tailed(seed, head, middle, tail):
+    student = {"last": {"head": head, "middle": middle, "tail": tail}}
+    teacher = {"head": 0.9, "middle": 0.8, "tail": 0.1 * (seed + 1)}
+    return finished(seed, 0.9) | {"long_tail": {"images_per_class": [9, 3, 1], "teacher": teacher, "student": student}}
+
+  text = table.table(plan, {"base": [tailed(0, 0.9, 0.7, 0.3), tailed(1, 0.8, 0.7, 0.4)], "other": []})
+  assert "| deviation | against base | head | middle | tail | best epoch |" in text
+  assert "| 0.9000 | 0.0000 |  | 0.8500 | 0.7000 | 0.3500 |" in text
+  assert "per class: 9, 3, 1; their accuracy in the mean: head 0.9000, middle 0.8000, tail 0.1500." in text
+
+
+def test_curves_are_drawn_of_finished_rows(tmp_path, monkeypatch):
+  """Mean and deviation of each value in order, a panel for each curve; a curve without a run has no point."""
+  rows = [plans.Row(name, "digits", seeds=(0, 1)) for name in ("base", "none", "much", "other")]
+  curves = {"weight of a": {2.0: "much", 0.0: "none", 1.0: "base"}, "weight of b": {1.0: "base", 3.0: "other"}}
+  plan = plans.Plan("p", "a pair", tuple(rows), base="base", curves=curves)
+  runs = {"base": [finished(0, 0.9), finished(1, 0.8)], "much": [finished(0, 0.5)], "none": [finished(0, 0.2)]}
+  drawn = []
+  monkeypatch.setattr(table, "save_figure", lambda figure, path, **_: drawn.append(figure))
+  assert table.draw_curves(plan, runs, tmp_path / "p.png")
+  (a, b) = drawn[0].axes
+  assert (a.get_xlabel(), b.get_xlabel()) == ("weight of a", "weight of b")
+  line, _, (bars,) = a.containers[0]
+  assert line.get_xydata().tolist() == [[0.0, 0.2], [1.0, pytest.approx(0.85)], [2.0, 0.5]]
+  low, high = bars.get_segments()[1][:, 1]
+  assert (high - low) / 2 == pytest.approx(0.1 / 2**0.5)
+  assert b.containers[0][0].get_xydata().tolist() == [[1.0, pytest.approx(0.85)]]
+  assert not table.draw_curves(plan, {}, tmp_path / "p.png"), "nothing is finished"
+  monkeypatch.undo()
+  assert table.draw_curves(plan, runs, tmp_path / "p.png") and (tmp_path / "p.png").stat().st_size > 1000
+
+
 def test_rows_are_given_the_teachers_of_another(tmp_path, plan, capsys):
   """Those of their seed, after all of them are trained; of an unfinished row there is none."""
   out = tmp_path / "out"
@@ -298,6 +333,8 @@ def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):
   assert "two rows of the same name" in refused(str(plan))
   plan.write_text(PLAN + 'BASE = "three"')
   assert "has no row 'three', which its BASE names" in refused(str(plan))
+  plan.write_text(PLAN + "CURVES = {'a': {0.0: 'one', 1.0: 'four'}}")
+  assert "has no row 'four', which its CURVES names" in refused(str(plan))
   for teacher, seed in (("three", 0), ("two, other", 0), ("one", 9)):
     late = f'\nROWS = (Row("last", "digits", seeds=({seed},), teacher={teacher!r}), *ROWS)'
     if teacher == "one":

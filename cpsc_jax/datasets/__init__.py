@@ -20,7 +20,16 @@ from numpy.typing import ArrayLike
 from cpsc_jax import files
 from cpsc_jax.datasets.arrays import InMemory
 from cpsc_jax.datasets.classes import Classes
-from cpsc_jax.datasets.data import EVALUATION_SPLITS, LARGEST_STATISTIC, Data, Dataset, Split, is_held_out
+from cpsc_jax.datasets.data import (
+  EVALUATION_SPLITS,
+  LARGEST_STATISTIC,
+  Data,
+  Dataset,
+  Split,
+  is_held_out,
+  long_tail,
+  thirds,
+)
 from cpsc_jax.errors import Refusal, first_line
 from cpsc_jax.progress import SECONDS_BETWEEN_LINES, say
 
@@ -41,7 +50,9 @@ __all__ = [
   "denormalise",
   "find",
   "is_held_out",
+  "long_tail",
   "normalise",
+  "thirds",
 ]
 
 FILE_FORMAT = "array_record"

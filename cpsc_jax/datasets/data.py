@@ -14,6 +14,7 @@ from cpsc_jax.errors import Refusal
 
 EVALUATION_SPLITS = ("test", "validation")
 VALIDATION_SEED = 20
+LONG_TAIL_SEED = 21
 LARGEST_STATISTIC = 4.0  # of a mean or a deviation of pixels in [0, 1]; one of pixels up to 255 is larger
 
 
@@ -178,3 +179,45 @@ def is_held_out(spec: Dataset) -> np.ndarray:
   held_out = np.zeros(train, bool)
   held_out[order[: spec.validation_size]] = True
   return held_out
+
+
+def long_tail(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarray:
+  """Which of some training images make a long-tailed training split, in their order: indices (M,).
+
+  Class c, in the order of the labels, keeps floor(n * imbalance^(-c / (C - 1))) of its images, where n is how many
+  class 0 has (the exponential profile of Cui et al., CVPR 2019, arXiv 1901.05555, section 5.1); or all of them, where
+  it has fewer. The choice depends on nothing but the labels.
+
+  Args:
+    labels: of the images, (N,).
+    imbalance: how many times as many images the first class has as the last; at least 1, and 1 keeps all images.
+
+  Raises:
+    Refusal: a class would be left without an image, or there are less than three classes.
+  """
+  if imbalance == 1:
+    return np.arange(len(labels))
+  if num_classes < 3:
+    raise Refusal(f"config.dataset.imbalance is {imbalance:g}, which needs at least 3 classes; set it to 1.")
+  there = np.bincount(labels, minlength=num_classes)
+  profile = there[0] * imbalance ** (-np.arange(num_classes) / (num_classes - 1))
+  wanted = np.minimum(np.floor(profile + 1e-9).astype(int), there)  # 500 / 100 is not to become 4
+  if not wanted.all():
+    largest = f"at most {there[0]}" if there.all() else "1"
+    raise Refusal(
+      f"config.dataset.imbalance is {imbalance:g}, which leaves class {int(np.argmin(wanted))} without a training"
+      f" image: the first class has {there[0]}; set it to {largest}."
+    )
+  order = np.argsort(np.random.PCG64(LONG_TAIL_SEED).random_raw(len(labels)), kind="stable")
+  kept = [order[labels[order] == label][:number] for label, number in enumerate(wanted)]
+  return np.sort(np.concatenate(kept))
+
+
+def thirds(images_per_class: Sequence[int]) -> dict[str, list[int]]:
+  """{"head", "middle", "tail"}: the classes by their number of training images (C,), most first, in equal thirds.
+
+  Where the classes are no multiple of three, the first thirds have one more.
+  """
+  order = np.argsort(-np.asarray(images_per_class), kind="stable")
+  parts = np.array_split(order, 3)
+  return {name: sorted(map(int, part)) for name, part in zip(("head", "middle", "tail"), parts, strict=True)}

@@ -131,8 +131,8 @@ def alternating(parts: Parts, generator_terms: dict[str, Term], student_terms: d
   """Fresh latents and labels for every update of either player."""
   batch_size, noise = parts.config.schedule.batch_size, parts.noise
 
-  def draw(_: State, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return noise.draw(key, batch_size)
+  def draw(state: State, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return noise.draw(key, batch_size, state.prior)
 
   def samples(state: State, key: jax.Array, label: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
     z = jax.random.normal(key, (number, noise.latent_dim))

@@ -47,7 +47,7 @@ def method(parts: Parts) -> Method:
 
   def begin(state: State, key: jax.Array) -> State:
     """A copy of the generator, new latents and new labels."""
-    z, y = parts.noise.draw(key, c.pool.batch_size)
+    z, y = parts.noise.draw(key, c.pool.batch_size, state.prior)
     theta = state.generator.params
     if meta.redraw_at:
       now = state.memory["episodes"] + 1 == meta.redraw_at

@@ -59,7 +59,7 @@ def inverting(
 
   def begin(state: State, key: jax.Array) -> State:
     """New latents, new labels and a new generator; the best batch so far is its first."""
-    z, y = noise.draw(key, number)
+    z, y = noise.draw(key, number, state.prior)
     variables = nets.init(generator.net, streams.key(key, Stream.GENERATOR_INIT), z, y)
     fresh = initial.train_state(variables, generator.optimiser).replace(loss_scale=state.generator.loss_scale)
     return started(parts, state, fresh, y, z, TrainState(z, {}, tx.init(z)))

@@ -53,6 +53,11 @@ def class_lists(key: jax.Array, number: int, num_classes: int) -> jax.Array:
 def check(config, mesh: jax.sharding.Mesh) -> None:
   """Refuses what noisy layers cannot do."""
   episodic.check(config, mesh)
+  if config.generator.prior != "uniform":
+    raise Refusal(
+      f"config.generator.prior is '{config.generator.prior}', but method 'nayer' makes whole lists of all classes, one"
+      " of each for a noisy layer; set it to 'uniform'."
+    )
   if not config.generator.embedding:
     raise Refusal(
       "config.generator.embedding is empty, and method 'nayer' starts from an embedding of the classes; set it to"

@@ -126,6 +126,11 @@ def _tiles(run: Run) -> list[dict]:
   fidelity = next((name for name in SCORES[2:] if isinstance(generator.get(name), int | float)), None)
   if fidelity:
     tiles.append((f"generator.{fidelity}", fidelity.replace("_", " "), ".3f"))
+  tail = results.get("long_tail", {})
+  for third in tail.get("classes", ()):
+    tiles.append((f"long_tail.teacher.{third}", f"teacher, {third} classes", ".4f"))
+    if "student" in tail:
+      tiles.append((f"long_tail.student.last.{third}", f"student, {third} classes", ".4f"))
   tiles += [
     ("teacher.parameters", "parameters of the teacher", ",.0f"),
     ("student.parameters", "parameters of the student", ",.0f"),
@@ -276,6 +281,7 @@ CLASS_COLUMNS = {
   "fidelity_per_class": ("fidelity", ".3f"),
   "confidence_per_class": ("confidence", ".3f"),
   "class_shares": ("share of samples", ".3f"),
+  "label_shares": ("share of labels", ".3f"),
   "vendi_score_per_class": ("Vendi score", ".2f"),
 }
 

@@ -15,7 +15,7 @@ from cpsc_jax.sweep.grid import Point
 
 FAILED = "failed.json"  # in the folder of a member whose loss was not finite
 # Settings by which trained teachers differ, beside the seed.
-OF_TEACHER = ("teacher.", "precision", "loss_scaling", "rematerialise", "reference")
+OF_TEACHER = ("teacher.", "dataset.imbalance", "precision", "loss_scaling", "rematerialise", "reference")
 # What makes no difference to a member's program, or is an argument of it.
 NOT_IN_PROGRAM = ("name", "seed", "dataset.data_dir", "teacher.")
 TOGETHER = ("distil", "quantise")  # tasks whose runs are one training from a fresh state to the last epoch

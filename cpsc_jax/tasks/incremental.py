@@ -94,6 +94,7 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     ("reference", config.reference, False),
     ("student.classifier", config.student.classifier, "own"),
     ("student.micro_batches", config.student.micro_batches, 1),
+    ("dataset.imbalance", config.dataset.imbalance, 1.0),
   ):
     if value != wanted:
       raise Refusal(f"config.{key} is {value}, which class-incremental learning does not have; set it to {wanted}.")
