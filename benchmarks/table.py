@@ -19,13 +19,16 @@ what the .json file has of the same command stays; delete it there, or run it ag
 
 import argparse
 import concurrent.futures
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import queue
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -194,11 +197,27 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str,
   Raises:
     Refusal: FILE lacks the marks.
   """
+  out.mkdir(parents=True, exist_ok=True)
+  with _alone_in(out, *([into.parent] if into else [])):
+    return _write(out, plan, into)
+
+
+@contextlib.contextmanager
+def _alone_in(*folders: pathlib.Path) -> Iterator[None]:
+  """Waits until no other call writes there: two may carry out different rows of a plan."""
+  with contextlib.ExitStack() as stack:
+    for folder in sorted({folder.resolve() for folder in folders}):
+      handle = os.open(folder, os.O_RDONLY)
+      stack.callback(os.close, handle)
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+
+
+def _write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str, list[dict]]:
   numbers = into.with_suffix(".json") if into else None
   known = json.loads(numbers.read_text()) if numbers and numbers.exists() else {}
   found = finished(out, plan, known.get(plan.name))
   text = table(plan, found)
-  out.mkdir(parents=True, exist_ok=True)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
   write_whole(out / f"{plan.name}.json", (json.dumps(found, indent=2) + "\n").encode())
   pictures = {out / f"{plan.name}.png": draw, out / f"{plan.name}_curves.png": draw_curves}

@@ -63,13 +63,14 @@ def keys_of(config):
 
 
 def test_on_two_cores_every_student_learns_alike():
-  """Same nets, batch, augmentation and optimiser; what differs is the method's."""
+  """Same nets, batch, augmentation and optimiser; what differs is the method's, and the rate chosen for CPSC-DFKD."""
   every = [module.get_config("cpu") for module in (cifar10, *OTHER_METHODS.values())]
   resolve(every[0])
   for config in every[1:]:
-    ours, theirs = (dict(schema.flatten(c.student)) | {"steps": 0} for c in (every[0], config))
+    ours, theirs = (dict(schema.flatten(c.student)) | {"steps": 0, "lr": 0} for c in (every[0], config))
     assert ours == theirs and config.schedule.batch_size == every[0].schedule.batch_size
     assert config.teacher.net == "wrn_16_1" and config.evaluate.every == every[0].evaluate.every
+  assert [c.student.lr for c in every] == [0.05] + [0.1] * len(OTHER_METHODS)
 
 
 @pytest.mark.parametrize("variant", ["", "smoke"])

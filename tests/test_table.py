@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -289,6 +290,26 @@ def test_a_budget_stops_what_is_under_way_and_begins_nothing_else(tmp_path, plan
   assert "one, seed 0: stopped; the same command resumes it" in capsys.readouterr().out
   assert [calls(out, name) for name in ("one-0", "one-1", "two_other-0")] == [1, 0, 0]
   assert table.main([str(plan), f"--out={out}"]) == 0 and calls(out, "one-0") == 2
+
+
+def test_two_calls_do_not_write_at_once(tmp_path, plan, monkeypatch):
+  """Two calls may carry out different rows of one plan in one folder."""
+  inside, most = [], []
+
+  def slow(*_):
+    inside.append(1)
+    most.append(len(inside))
+    time.sleep(0.05)
+    inside.pop()
+    return {}
+
+  monkeypatch.setattr(table, "_write", slow)
+  calls = [threading.Thread(target=table.write, args=(tmp_path / "out", None, None)) for _ in range(4)]
+  for call in calls:
+    call.start()
+  for call in calls:
+    call.join()
+  assert most == [1] * 4
 
 
 def test_a_run_stops_with_its_plan(tmp_path):
