@@ -21,6 +21,7 @@ from cpsc_jax.configs import (
   digits,
   fast_cifar10,
   nayer_cifar10,
+  photos,
   rgal_cifar10,
   tiny_imagenet,
   zskt_cifar10,
@@ -71,6 +72,24 @@ def test_on_two_cores_every_student_learns_alike():
     assert ours == theirs and config.schedule.batch_size == every[0].schedule.batch_size
     assert config.teacher.net == "wrn_16_1" and config.evaluate.every == every[0].evaluate.every
   assert [c.student.lr for c in every] == [0.05] + [0.1] * len(OTHER_METHODS)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("variant", ["", "smoke"])
+def test_the_settings_for_photographs_of_ones_own(variant, size):
+  """They fit any number of classes and both sizes, and begin with a teacher that they train."""
+  config = photos.get_config(variant)
+  spec = datasets.Dataset(7, size, 3, (0.5,) * 3, (0.25,) * 3, {"train": 20_000, "test": 500})
+  resolve(config, spec)
+  assert config.student.inherit and not config.teacher.checkpoint
+  assert variant or (config.teacher.net, config.student.net) == ("wrn_16_2", "wrn_16_1")
+
+
+def test_cifar100_on_two_cores_is_cifar10_with_other_nets():
+  ours, theirs = (dict(schema.flatten(module.get_config("cpu"))) for module in (cifar100, cifar10))
+  differ = {key for key in ours if ours[key] != theirs[key]}
+  assert differ == {"name", "dataset.name", "teacher.net", "student.net", "loss.ikd_form"}
+  resolve(cifar100.get_config("cpu"))
 
 
 @pytest.mark.parametrize("variant", ["", "smoke"])
