@@ -332,7 +332,7 @@ def test_given_shares_of_a_phase_are_those_of_its_old_classes(known):
 
 @pytest.mark.slow
 def test_a_quantised_student_has_needs_too():
-  setup, teacher, state = start_quantised(quantised(generator__prior="need", quantise__warmup=0))
+  setup, teacher, state = start_quantised(quantised(generator__prior="need", generator__warmup_epochs=0))
   state, _ = iterations(setup, teacher, state)
   assert np.ptp(state.prior.shares) > 0
 
