@@ -171,7 +171,7 @@ def _notes(plan: Plan, found: Mapping[str, list[dict]]) -> list[str]:
     return ["Nothing is measured yet."]
   of_net: dict[str, set[tuple[int, float]]] = {}
   for r in runs:
-    of_net.setdefault(r["teacher"]["net"], set()).add((r["seed"], r["teacher"]["accuracy"]))
+    of_net.setdefault(r["teacher"]["net"], set()).add((r["seed"], round(r["teacher"]["accuracy"], 4)))
   lines = []
   for net, pairs in sorted(of_net.items()):
     values = [accuracy for _, accuracy in sorted(pairs)]
