@@ -13,7 +13,6 @@ writes beside the training, is left out.
 import argparse
 import contextlib
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -26,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.command import flags_of_runs, report
 from cpsc_jax import checkpoint, datasets, nets, run, streams
 from cpsc_jax.environment import hardware
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.mesh import make_mesh, replicate
-from cpsc_jax.record import write_whole
 from cpsc_jax.streams import Stream
 from cpsc_jax.teach import Teacher
 
@@ -141,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=pathlib.Path, help="a file for the numbers")
   options, rest = parser.parse_known_args(argv)
   try:
-    if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
-      raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
+    rest = flags_of_runs(rest)
     for name in ("rounds", "epochs"):
       if getattr(options, name) < 1:
         raise Refusal(f"--{name} is {getattr(options, name)}; it must be at least 1.")
@@ -151,10 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Refusal as refusal:
     print(f"benchmarks.diagnostics: {refusal}", file=sys.stderr)
     return 2
-  told = {"rows": rows, "hardware": hardware()}
-  print(json.dumps(told, indent=2))
-  if options.out:
-    write_whole(options.out, (json.dumps(told, indent=2) + "\n").encode())
+  report({"rows": rows, "hardware": hardware()}, options.out)
   return 0
 
 

@@ -3,8 +3,8 @@
 #
 # One call of a campaign on a machine with a GPU; call it until it says that all rows are done. The first call on a
 # machine checks the package there (benchmarks/gpu.py); every call then carries out benchmarks/plans/PLAN.py in
-# runs/gpu, or in DIR, until the budget, which a later call on the same machine resumes. FOLDER gets gpu.json, the table and a
-# parcel of at most 60 MiB, in files of at most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
+# runs/gpu, or in DIR, until the budget, which a later call on the same machine resumes. FOLDER gets gpu.json, the
+# table and a parcel of at most 60 MiB, in files of at most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
 # Packages that the machine lacks are taken from ./wheels, if there is such a folder. --toy is a rehearsal on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -22,9 +22,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from benchmarks.command import flags_of_runs, report
 from cpsc_jax.environment import hardware
 from cpsc_jax.errors import Refusal
-from cpsc_jax.record import write_whole
 
 SIDES = {"together": 0, "alone": 1}
 
@@ -114,17 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=pathlib.Path, help="a file for the numbers")
   options, rest = parser.parse_known_args(argv)
   try:
-    if wrong := [flag for flag in rest if not flag.startswith("--config.")]:
-      raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
+    rest = flags_of_runs(rest)
     flags = [f"--config={options.config}", f"--grid={options.grid}", f"--seeds={options.seeds}", *rest]
     with tempfile.TemporaryDirectory() as folder:
       row = measure(flags, options.rounds, pathlib.Path(folder))
   except Refusal as refusal:
     print(f"benchmarks.sweep: {refusal}", file=sys.stderr)
     return 2
-  print(json.dumps(row, indent=2))
-  if options.out:
-    write_whole(options.out, (json.dumps(row, indent=2) + "\n").encode())
+  report(row, options.out)
   return 0
 
 

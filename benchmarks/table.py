@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from benchmarks import plan as plans
+from benchmarks.command import flags_of_runs
 from benchmarks.plan import Plan, Row, folder
 from cpsc_jax import checksums, schema, tasks
 from cpsc_jax.errors import Refusal
@@ -344,9 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--into", type=pathlib.Path, help="a Markdown file with the plan's two marks")
   options, flags = parser.parse_known_args(argv)
   try:
-    wrong = [flag for flag in flags if not flag.startswith("--config.")]
-    if wrong:
-      raise Refusal(f"{wrong[0]} is not an option; flags of every run are written as --config.KEY=VALUE.")
+    flags = flags_of_runs(flags)
     until = time.monotonic() + (plans.seconds_of(options.budget) if options.budget else 10**9)
     plan = plans.read(options.plan)
     names = options.only or [row.name for row in plan.rows]

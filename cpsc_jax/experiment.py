@@ -58,7 +58,7 @@ def build(config: Config, spec: Dataset, teacher: Any, card: dict, mesh: jax.sha
   if config.arm == "gaussian_noise":
     generator, method = None, on_noise(config, method, spec, mesh)
   steps = iterations * config.student.steps
-  method = task.method(config, methods.patient(config, method, iterations), iterations)
+  method = task.method(config, methods.with_warmup(config, method, iterations), iterations)
   optimiser = optim.student_optimiser(config, steps, tasks.waiting_epochs(config), kept_layer)
   return Setup(
     student=Player(

@@ -240,7 +240,7 @@ def real_arm(config: Config, setup: Setup, teacher: Teacher, data: Data) -> tupl
     student_terms, weights = {"ce": terms.label_cross_entropy()}, {"ce": 1.0}
   batch_size, mesh = config.schedule.batch_size, setup.mesh
   method = on_real_data(student_terms, batch_size, student, split, teacher.card, mesh)
-  method = tasks.of(config).method(config, methods.patient(config, method, 1), 1)
+  method = tasks.of(config).method(config, methods.with_warmup(config, method, 1), 1)
   net = None if config.arm == "real_labels" else setup.teacher
   setup = Setup(student=student, method=method, mesh=mesh, weights={"student": weights}, teacher=net)
   key = streams.key(streams.root(config.seed), Stream.DISTILLATION)

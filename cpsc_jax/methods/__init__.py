@@ -72,8 +72,8 @@ def waiting_epochs(config) -> int:
   return max(config.generator.warmup_epochs, of_method)
 
 
-def patient(config, found: Method, iterations: int) -> Method:
-  """A method whose student waits for so many epochs of `iterations`; where there is no generator, as long."""
+def with_warmup(config, found: Method, iterations: int) -> Method:
+  """The method with a student that waits during the warm-up, in epochs of `iterations`; without a generator as long."""
   number = iterations * (config.generator.warmup_epochs if found.waits else waiting_epochs(config))
 
   def waits(state: State) -> jax.Array:
@@ -97,4 +97,4 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-__all__ = ["METHODS", "Parts", "check", "inversion", "method", "patient", "waiting_epochs"]
+__all__ = ["METHODS", "Parts", "check", "inversion", "method", "waiting_epochs", "with_warmup"]
