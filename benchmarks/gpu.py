@@ -1,6 +1,6 @@
 """What to run first on a GPU, in one call: is it right, and how fast is it.
 
-  python -m benchmarks.gpu --out FILE.json [--budget 9m] [--methods cpsc,fast] [--toy]
+  python -m benchmarks.gpu --out FILE.json [--budget 9m] [--pairs wrn_40_2:wrn_16_2] [--methods cpsc,fast] [--toy]
 
 1. Speed of both pairs against PyTorch with its autocast (benchmarks/speed.py), in bfloat16 at batch 512.
 2. One iteration of three steps of each player, for every method, on the accelerator and on the CPU of the same machine,
@@ -8,7 +8,8 @@
    in bfloat16 against float32.
 
 FILE is written again after each part, so that a call that is cut short leaves what it measured. Nothing is begun after
-the budget. --toy is the same path with small nets and batches, for a rehearsal on a CPU.
+the budget. --pairs= leaves speed out, and --methods= the methods, which may be compared beside other work. --toy is the
+same path with small nets and batches, for a rehearsal on a CPU.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from cpsc_jax.main import parse
 from cpsc_jax.methods import METHODS
 from cpsc_jax.record import write_whole
 
-PAIRS = ("wrn_40_2", "wrn_16_2"), ("resnet34", "resnet18")
+PAIRS = "wrn_40_2:wrn_16_2,resnet34:resnet18"
 STEPS = 3  # of each player
 # The largest relative difference in float32 and in bfloat16 of first losses, before anything has moved; of all losses,
 # where rounding has been through Adam; and of the student's change.
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--budget", default="9m", help="(default: %(default)s)")
+  parser.add_argument("--pairs", default=PAIRS, help="of nets whose speed is measured (default: %(default)s)")
   parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
   parser.add_argument("--toy", action="store_true", help="small nets and batches")
   flags = parser.parse_args(argv)
@@ -121,13 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
           about["wrong"].append(f"{method} in {precision}: {name} {value:.3g}, expected below {LIMITS[name][number]}")
     return found
 
-  pairs = (("wrn_10_1", "wrn_10_1"),) if flags.toy else PAIRS
-  for pair in pairs[:1]:
+  given = "wrn_10_1:wrn_10_1" if flags.toy and flags.pairs == PAIRS else flags.pairs
+  pairs = [pair.split(":") for pair in given.split(",") if pair]
+  for pair in pairs:
     part(f"speed {pair[0]}", lambda pair=pair: speed.measure(*pair, 8 if flags.toy else 512, 3, "bfloat16"))
-  for method in flags.methods.split(","):
+  for method in filter(None, flags.methods.split(",")):
     part(f"differences {method}", lambda method=method: check(method))
-  for pair in pairs[1:]:
-    part(f"speed {pair[0]}", lambda pair=pair: speed.measure(*pair, 512, 3, "bfloat16"))
   for problem in about["wrong"]:
     print(f"WRONG {problem}")
   return 1 if about["wrong"] else 0

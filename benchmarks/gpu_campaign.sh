@@ -36,6 +36,7 @@ out=$(cd "$out" && pwd)
 if [ -d wheels ]; then
   python3 -m pip install --quiet --no-index --find-links wheels --no-deps wheels/*.whl
 fi
+python3 -c 'import cpsc_jax.configs' 2>/dev/null || python3 -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 log() { echo "[$((SECONDS - began)) s] $*"; }
 if [ -n "$from" ] && [ ! -d "$runs" ]; then

@@ -118,7 +118,9 @@ def shares(jobs: int) -> list[set[int]]:
 
 
 def commit() -> str:
-  """The commit of this checkout, with "+" where files differ from it."""
+  """The commit of this checkout, with "+" where files differ from it; of a copy without .git, what $COMMIT says."""
+  if not (REPOSITORY / ".git").exists():
+    return os.environ.get("COMMIT", "unknown")
 
   def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()

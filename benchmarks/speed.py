@@ -242,11 +242,9 @@ def measure(
   setup, theirs, variables, state = build(teacher, student, batch, precision)
   z = torch.randn(batch, setup.method.noise.latent_dim)
   y = torch.randint(0, 10, (batch,))
-  if precision == "float32":
-    with jax.default_matmul_precision("highest"):
-      check(setup, theirs, variables, state, z, y)
-  else:
-    check(*build(teacher, student, batch, "float32"), z, y)
+  alike = (setup, theirs, variables, state)
+  with jax.default_matmul_precision("highest"):
+    check(*(alike if precision == "float32" else build(teacher, student, batch, "float32")), z, y)
   device = "cuda" if torch.cuda.is_available() else "cpu"
   theirs.move(device, torch.bfloat16 if precision == "bfloat16" else None)
   z, y, peak = z.to(device), y.to(device), matmul_peak(precision)
