@@ -217,7 +217,7 @@ def program_of(setup: Setup, variables: Any, state: Any, of: Callable, keys: jax
     return jax.lax.scan(of(setup, variables), state, keys)[0]
 
   with onednn.disabled():  # whose calls XLA does not see into
-    flops = jax.jit(of(setup, variables)).lower(state, keys[0]).cost_analysis().get("flops", 0.0)
+    flops = (jax.jit(of(setup, variables)).lower(state, keys[0]).cost_analysis() or {}).get("flops", 0.0)
   started = time.perf_counter()
   compiled = jax.jit(steps).lower(state, keys).compile()
   spent, memory = time.perf_counter() - started, compiled.memory_analysis()

@@ -8,12 +8,12 @@ on validation images of a smaller pair, with twice the batch and the student's r
 from benchmarks.plan import Row
 
 PAIR = "CIFAR-10 on one GPU"
-TEACHER = ("teacher.batch_size=128", "teacher.optimiser=nesterov", "teacher.warmup_epochs=1")
-WRN = ("teacher.net=wrn_40_2", "student.net=wrn_16_2", "teacher.epochs=100", *TEACHER)
-RESNET = ("teacher.net=resnet34", "student.net=resnet18", "teacher.epochs=60", *TEACHER)
+TEACHER = ("teacher.epochs=50", "teacher.batch_size=128", "teacher.optimiser=nesterov", "teacher.warmup_epochs=1")
+WRN = ("teacher.net=wrn_40_2", "student.net=wrn_16_2", *TEACHER)
+RESNET = ("teacher.net=resnet34", "student.net=resnet18", *TEACHER)
 MEASURED = ("precision=bfloat16", "evaluate.every=10", "evaluate.diagnostics_every=50", "evaluate.gradients=False")
 OURS = ("generator.width=64", "schedule.batch_size=256", "student.lr=0.1", "schedule.epochs=100")
-WRN_ITERATIONS, RESNET_ITERATIONS = 120, 50
+ITERATIONS = 40
 
 
 def campaign(data: str = "cifar10") -> tuple[Row, ...]:
@@ -25,8 +25,8 @@ def campaign(data: str = "cifar10") -> tuple[Row, ...]:
     teacher = "" if name == "cpsc" else f"cpsc, {pair}"
     return Row(f"{name}, {pair}", config, tuple(f"--config.{flag}" for flag in given), teacher=teacher)
 
-  def rows(pair: str, iterations: int) -> list[Row]:
-    ours = (*OURS, f"schedule.iterations={iterations}")
+  def rows(pair: str) -> list[Row]:
+    ours = (*OURS, f"schedule.iterations={ITERATIONS}")
     return [
       row(pair, "cpsc", *ours),
       row(pair, "cpsc, untrained generator", *ours, "arm=untrained_generator"),
@@ -35,7 +35,7 @@ def campaign(data: str = "cifar10") -> tuple[Row, ...]:
       row(pair, "cmi", config="cmi_cifar10"),
     ]
 
-  wrn, resnet = rows("WRN-40-2 -> WRN-16-2", WRN_ITERATIONS), rows("ResNet-34 -> ResNet-18", RESNET_ITERATIONS)
+  wrn, resnet = rows("WRN-40-2 -> WRN-16-2"), rows("ResNet-34 -> ResNet-18")
   return (wrn[0], resnet[0], *wrn[1:], *resnet[1:])
 
 
