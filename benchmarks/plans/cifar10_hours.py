@@ -9,7 +9,7 @@ from benchmarks.plan import Row
 PAIR, BASE = "CIFAR-10, WRN-16-1 -> WRN-10-1, for longer", "cpsc"
 LONG = ("precision=bfloat16", "schedule.epochs=96", "evaluate.every=12", "evaluate.diagnostics_every=24")
 PUBLISHED_STEPS = ("reference=True", "student.steps=5", "generator.steps=6", "schedule.epochs=60")
-FAST = ("precision=bfloat16", "schedule.epochs=108", "pool.size=55296", "evaluate.every=12")
+FAST = ("precision=bfloat16", "schedule.epochs=108", "pool.size=55296")
 
 
 def row(name: str, *flags: str, config: str = "cifar10:cpu", long: tuple[str, ...] = LONG, seeds=(0,)) -> Row:
