@@ -30,7 +30,8 @@ def as_published(config: ml_collections.ConfigDict) -> None:
   for section, weights in ((config.loss.generator, generator), (config.loss.student, student)):
     section.update({**dict.fromkeys(section, 0.0), **weights})
   form = "log" if config.dataset.name == "cifar10" else "mse"
-  config.precision, config.loss_scaling = "float16", False
+  config.precision = "float16" if config.precision == "auto" else config.precision
+  config.loss_scaling = False
   config.loss.update({"scl_temperature": 0.07, "confidence": 1.0, "kd_temperature": 1.0, "double_softmax": True})
   config.loss.ikd_form = form
   config.generator.update({"lr": 1e-3, "b1": 0.5, "b2": 0.999, "optimiser": "restarted_adam", "conditional": True})

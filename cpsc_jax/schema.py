@@ -371,9 +371,9 @@ KEYS: dict[str, Key] = {
   ),
   "precision": Key(
     "auto",
-    'of convolutions and the generator\'s linear layer; "auto": bfloat16 on GPUs and TPUs, float32 on CPUs.'
-    " Parameters, batch statistics, losses and what optimisers keep are float32 in any case, and so is the student that"
-    " is reported, saved and exported",
+    'of convolutions and the generator\'s linear layer; "auto": bfloat16 on GPUs and TPUs, float32 on CPUs, and'
+    " float16 in reference mode. Parameters, batch statistics, losses and what optimisers keep are float32 in any case,"
+    " and so is the student that is reported, saved and exported",
     ("auto", "float32", "bfloat16", "float16"),
   ),
   "loss_scaling": Key(True, "dynamic loss scaling under float16; the other precisions need none"),

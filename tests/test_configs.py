@@ -288,6 +288,12 @@ def test_reference_sets_every_published_option():
   assert config.to_json() == before, "resolving must not touch the config it was given"
 
 
+def test_reference_keeps_a_precision_that_is_given():
+  config = digits.get_config()
+  config.reference, config.precision = True, "bfloat16"
+  assert resolve(config).precision == "bfloat16"
+
+
 def test_reference_has_the_logarithmic_form_on_cifar10():
   config = digits.get_config()
   config.reference, config.dataset.name = True, "cifar10"
