@@ -10,10 +10,11 @@ PAIR = "20 classes of Tiny-ImageNet, WRN-16-1 -> WRN-10-1"
 SHARED = (
   "teacher.net=wrn_16_1",
   "student.net=wrn_10_1",
-  "teacher.epochs=30",
+  "teacher.epochs=20",
   "generator.net=dcgan",
   "precision=bfloat16",
-  "evaluate.every=8",
+  "evaluate.every=5",
+  "schedule.epochs=10",
 )
 
 
