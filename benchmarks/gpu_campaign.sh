@@ -2,9 +2,10 @@
 # benchmarks/gpu_campaign.sh FOLDER [--data DIR] [--plan gpu_cifar] [--from PARCEL] [--budget 9m] [--runs DIR] [--toy]
 #
 # One call of a campaign on a machine with a GPU; call it until it says that all rows are done. The first call on a
-# machine checks the package there (benchmarks/gpu.py); every call then carries out benchmarks/plans/PLAN.py in
-# runs/gpu, or in DIR, until the budget, which a later call on the same machine resumes. FOLDER gets gpu.json, the
-# table and a parcel of at most 60 MiB, in files of at most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
+# machine measures speed there and compares the methods with the CPU (benchmarks/gpu.py), the latter beside what every
+# call does: it carries out benchmarks/plans/PLAN.py in runs/gpu, or in DIR, until the budget, which a later call on the
+# same machine resumes. FOLDER gets gpu.json, methods.json, the table and a parcel of at most 60 MiB, in files of at
+# most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
 # Packages that the machine lacks are taken from ./wheels, if there is such a folder. --toy is a rehearsal on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,12 +46,16 @@ if [ -n "$from" ] && [ ! -d "$runs" ]; then
 fi
 mkdir -p "$runs"
 if [ ! -f "$runs/gpu.json" ]; then
+  # What is wrong is in gpu.json and methods.json; the campaign goes on, so that a call is not lost.
+  python3 -m benchmarks.gpu --out "$runs/gpu.json" --methods= --budget "$((limit * 6 / 10))s" $toy || log "gpu.json names what is wrong"
+  log "measured"
   methods=()
   if [ -n "$toy" ]; then methods=(--methods dafl); fi
-  # What is wrong is in gpu.json; the campaign goes on, so that a call is not lost.
-  python3 -m benchmarks.gpu --out "$runs/gpu.json" --budget "$((limit * 6 / 10))s" $toy "${methods[@]}" || log "gpu.json names what is wrong"
-  log "checked"
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.15 python3 -m benchmarks.gpu --out "$runs/methods.json" --pairs= \
+    --budget "$((limit * 6 / 10))s" $toy "${methods[@]}" >"$runs/methods.log" 2>&1 &
 fi
+# Two runs share the card, as the one compiles while the other trains; a card's memory is divided by hand.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.35
 flags=()
 if [ -n "$data" ]; then flags+=("--config.dataset.data_dir=$data"); fi
 if [ -n "$toy" ]; then plan=gpu_toy; fi
@@ -58,9 +63,10 @@ plan=benchmarks/plans/$plan.py
 left=$((limit - (SECONDS - began)))
 status=0
 if [ "$left" -gt 0 ]; then
-  python3 -m benchmarks.table "$plan" --out "$runs" --budget "${left}s" "${flags[@]}" || status=$?
+  python3 -m benchmarks.table "$plan" --out "$runs" --jobs 2 --budget "${left}s" "${flags[@]}" || status=$?
   log "table"
 fi
+wait
 cp "$runs"/*.json "$runs"/*.md "$out" 2>/dev/null || true
 python3 -m benchmarks.parcel pack "$runs" "$out"
 log "packed"

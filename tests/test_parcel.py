@@ -98,9 +98,9 @@ def test_a_campaign_goes_on_elsewhere(tmp_path):
     return done.stdout
 
   assert "all rows are done" not in call("first", "here", "--budget", "75s")
-  assert (tmp_path / "first" / "gpu.json").exists()
+  assert all((tmp_path / "first" / name).exists() for name in ("gpu.json", "methods.json"))
   rest = call("second", "there", "--from", str(tmp_path / "first"), "--budget", "10m")
-  assert "unpacked" in rest and "checked" not in rest and "all rows are done" in rest
+  assert "unpacked" in rest and "measured" not in rest and "all rows are done" in rest
   found = json.loads((tmp_path / "second" / "gpu_toy.json").read_text())
   assert [len(runs) for runs in found.values()] == [1, 1]
   assert subprocess.run([script, str(tmp_path), "--what"], capture_output=True).returncode == 2
