@@ -1,7 +1,8 @@
 // Convolutions of oneDNN as foreign functions of XLA, for CPUs.
 //
 // A call is split over the batch into one chunk per thread of XLA's own pool; within a chunk oneDNN runs on one thread.
-// No second pool competes for the cores, and the order of all sums depends on the number of threads alone.
+// No second pool competes for the cores, and the order of all sums depends on the number of threads alone. Under
+// jax.vmap a call has many convolutions of one shape: where they are at least as many as threads, each has one thread.
 
 #include <algorithm>
 #include <atomic>
@@ -202,9 +203,9 @@ char* Offset(void* data, int64_t images, const Numbers& shape, memory::data_type
 
 Numbers Copy(Dims dims) { return Numbers(dims.begin(), dims.end()); }
 
-void Convolve(ffi::ThreadPool& pool, Kind kind, const Shape& s, void* a, void* b, void* c) {
+void Convolve(ffi::ThreadPool& pool, int64_t most, Kind kind, const Shape& s, void* a, void* b, void* c) {
   const int64_t images = s.x[0];
-  const int64_t threads = s.Flops() < kFewFlops ? 1 : std::clamp<int64_t>(pool.num_threads(), 1, images);
+  const int64_t threads = s.Flops() < kFewFlops ? 1 : std::clamp<int64_t>(most, 1, images);
   const auto first = [=](int64_t chunk) { return images * chunk / threads; };
   const auto plan_of = [&](int64_t chunk) { return FindPlan(kind, s, first(chunk + 1) - first(chunk)); };
 
@@ -254,17 +255,65 @@ void Convolve(ffi::ThreadPool& pool, Kind kind, const Shape& s, void* a, void* b
   });
 }
 
+// One argument of a call under jax.vmap: axes in front of the four of a convolution, of size 1 where it has no such axis.
+struct Stacked {
+  Stacked(ffi::AnyBuffer buffer, size_t front) : data(static_cast<char*>(buffer.untyped_data())) {
+    const Numbers dims = Copy(buffer.dimensions());
+    if (dims.size() != front + 4) throw std::invalid_argument("arguments of a convolution differ in their axes");
+    axes.assign(dims.begin(), dims.begin() + front), shape.assign(dims.begin() + front, dims.end());
+    bytes = memory::data_type_size(TypeOf(buffer.element_type()));
+    for (int64_t size : shape) bytes *= size;
+  }
+
+  int64_t Count() const {
+    int64_t count = 1;
+    for (int64_t size : axes) count *= size;
+    return count;
+  }
+
+  // Where the convolution of this number begins, counted along the axes `all`.
+  char* At(int64_t number, const Numbers& all) const {
+    int64_t place = 0, step = 1;
+    for (size_t i = axes.size(); i-- > 0; number /= all[i], step *= axes[i])
+      if (axes[i] > 1) place += number % all[i] * step;
+    return data + place * bytes;
+  }
+
+  char* data;
+  Numbers axes, shape;
+  int64_t bytes;
+};
+
+void ConvolveAll(ffi::ThreadPool& pool, Kind kind, Shape s, const Stacked& a, const Stacked& b, const Stacked& c) {
+  const int64_t count = c.Count(), threads = std::max<int64_t>(pool.num_threads(), 1);
+  if (kind != Kind::kWeightGradient && b.Count() == 1 && a.Count() == count) {  // the same weights: one larger batch
+    s.x[0] *= count, s.y[0] *= count;
+    return Convolve(pool, threads, kind, s, a.data, b.data, c.data);
+  }
+  const auto one = [&](int64_t number, int64_t most) {
+    Convolve(pool, most, kind, s, a.At(number, c.axes), b.At(number, c.axes), c.At(number, c.axes));
+  };
+  if (count >= threads && count > 1 && count * s.Flops() >= kFewFlops) {
+    InParallel(pool, count, [&](int64_t number) { one(number, 1); });
+  } else {
+    for (int64_t number = 0; number < count; ++number) one(number, threads);
+  }
+}
+
 template <Kind kind>
 ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> c, Dims strides,
                 Dims padding) {
   try {
-    const Numbers left = Copy(a.dimensions()), right = Copy(b.dimensions()), out = Copy(c->dimensions());
-    Shape s{TypeOf(a.element_type()), left, right, out, Copy(strides), Copy(padding)};
-    if (kind == Kind::kInputGradient) s.x = out, s.y = left;
-    if (kind == Kind::kWeightGradient) s.w = out, s.y = right;
-    if (s.x.size() != 4 || s.w.size() != 4 || s.y.size() != 4 || s.strides.size() != 2 || s.edge.size() != 4)
-      throw std::invalid_argument("a convolution takes (N, H, W, I) and (kh, kw, I, O), two strides and four paddings");
-    Convolve(pool, kind, s, a.untyped_data(), b.untyped_data(), c->untyped_data());
+    if (c->dimensions().size() < 4)
+      throw std::invalid_argument("a convolution takes (N, H, W, I) and (kh, kw, I, O)");
+    const size_t front = c->dimensions().size() - 4;
+    const Stacked left(a, front), right(b, front), out(*c, front);
+    Shape s{TypeOf(a.element_type()), left.shape, right.shape, out.shape, Copy(strides), Copy(padding)};
+    if (kind == Kind::kInputGradient) s.x = out.shape, s.y = left.shape;
+    if (kind == Kind::kWeightGradient) s.w = out.shape, s.y = right.shape;
+    if (s.strides.size() != 2 || s.edge.size() != 4)
+      throw std::invalid_argument("a convolution takes two strides and four paddings");
+    ConvolveAll(pool, kind, s, left, right, out);
   } catch (const std::exception& e) {
     return ffi::Error::Internal(std::string("convolution by oneDNN: ") + e.what());
   }

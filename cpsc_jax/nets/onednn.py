@@ -91,7 +91,7 @@ def weight_gradient(
 
 
 def _call(target, shape, a, b, strides, padding):
-  call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, a.dtype), vmap_method="sequential")
+  call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, a.dtype), vmap_method="expand_dims")
   numbers = {"strides": np.array(strides, np.int64), "padding": np.array(padding, np.int64).ravel()}
   return call(a, b, **numbers)
 
