@@ -34,7 +34,7 @@ def get_config(variant=""):
     c.schedule.batch_size = 64
     c.loss.generator.ce = 4.0
     c.generator.student_mode = "train"
-    c.evaluate.every = c.evaluate.diagnostics_every = 5
+    c.evaluate.every = 5
     c.evaluate.gradients = False  # compiling them would be a tenth of the run
     default.apply_variant(c, variant)
   return c

@@ -93,9 +93,9 @@ def test_what_diagnoses_cost(tmp_path, capsys):
   flags = ["--config=digits:smoke", "--rounds=2", "--epochs=1", f"--out={tmp_path / 'out.json'}"]
   assert diagnostics.main(flags) == 0
   (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-  assert row["diagnostics_every"] == 5 and all(len(values) == 2 for values in row["seconds"].values())
+  assert row["diagnostics_every"] == 10 and all(len(values) == 2 for values in row["seconds"].values())
   for parts in zip(*(row["seconds"][name] for name in ("diagnosis", "epoch", "evaluation", "share")), strict=True):
-    assert parts[3] == pytest.approx(parts[0] / (5 * parts[1] + 5 * parts[2])) and min(parts) > 0
+    assert parts[3] == pytest.approx(parts[0] / (10 * parts[1] + 10 * parts[2])) and min(parts) > 0
   capsys.readouterr()
   for wrong, said in (
     ("--config.evaluate.diagnostics_every=0", "there are no diagnoses to time"),
