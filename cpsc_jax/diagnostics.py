@@ -17,6 +17,7 @@ BINS = 15  # of a reliability curve, as in Guo et al.
 NEIGHBOURS = 5  # k of Naeem et al.
 LARGEST_SET = 1000  # samples that are compared with each other
 MOST_NAMED = 5  # classes in one warning
+DROWNS = 5.0  # times the gradient of `ce`: another term's that keeps labels from being learned
 
 
 # Predictions.
@@ -223,7 +224,7 @@ def warnings(found: Mapping[str, np.ndarray], num_classes: int) -> list[str]:
     if mean <= 1.5 * chance:
       said.append(
         f"The generator ignores its label: the teacher finds the class that was asked for in {mean:.1%} of the samples,"
-        f" and chance is {chance:.1%}."
+        f" and chance is {chance:.1%}.{_drowned(found)}"
       )
     elif missed:
       said.append(
@@ -244,6 +245,21 @@ def warnings(found: Mapping[str, np.ndarray], num_classes: int) -> list[str]:
   elif scalar.get("student_mistakes", 0.5) > 0.9:
     said.append("The student agrees with the teacher on hardly any sample: it does not follow the generator.")
   return said
+
+
+def _drowned(found: Mapping[str, np.ndarray]) -> str:
+  """Which term keeps `ce` from teaching labels, if one's gradient at the image is far larger; else nothing."""
+  if "term_weighted_gradient" not in found:
+    return ""
+  norms = dict(zip(map(str, found["terms"]), map(float, found["term_weighted_gradient"]), strict=True))
+  of_labels = norms.pop("ce", 0.0)
+  largest = max(norms, key=norms.get, default="")
+  if not (largest and of_labels > 0 and norms[largest] > DROWNS * of_labels):
+    return ""
+  return (
+    f" The gradient of the term {largest} at the image is {norms[largest] / of_labels:.0f} times that of ce: lower"
+    f" loss.generator.{largest} or raise loss.generator.ce."
+  )
 
 
 def _classes(labels: Sequence[int]) -> str:

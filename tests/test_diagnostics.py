@@ -379,6 +379,21 @@ def test_a_generator_that_ignores_its_label(digits):
   assert any("ignores its label" in sentence and "chance is 10.0%" in sentence for sentence in said)
 
 
+def test_an_ignored_label_is_said_to_be_drowned_by_a_term():
+  """Only where another term's gradient is far above that of the labels, and gradients were looked at."""
+  found = {"fidelity_per_class": np.full(10, 0.1), "terms": np.array(["adversarial", "bn", "ce"])}
+
+  def said(*gradients):
+    return diagnostics.warnings(found | {"term_weighted_gradient": np.array(gradients)}, 10)[0]
+
+  assert said(1.3, 76.0, 1.2).endswith(
+    "The gradient of the term bn at the image is 63 times that of ce: lower loss.generator.bn or raise"
+    " loss.generator.ce."
+  )
+  plain = diagnostics.warnings({"fidelity_per_class": np.full(10, 0.1)}, 10)[0]
+  assert said(0.5, 2.0, 1.0) == said(0.5, 2.0, 0.0) == plain and "gradient" not in plain
+
+
 def test_a_generator_that_always_draws_one_image(digits):
   images = jnp.asarray(digits[0])
   found, said = diagnosed(digits, lambda key, label: jnp.broadcast_to(images[0], (40, 8, 8, 1)))
