@@ -387,8 +387,8 @@ def test_an_ignored_label_is_said_to_be_drowned_by_a_term():
     return diagnostics.warnings(found | {"term_weighted_gradient": np.array(gradients)}, 10)[0]
 
   assert said(1.3, 76.0, 1.2).endswith(
-    "The gradient of the term bn at the image is 63 times that of ce: lower loss.generator.bn or raise"
-    " loss.generator.ce."
+    "The gradient of the term bn at the image is 63 times that of ce: for samples of the class asked for, which a"
+    " student may not need, lower loss.generator.bn or raise loss.generator.ce."
   )
   plain = diagnostics.warnings({"fidelity_per_class": np.full(10, 0.1)}, 10)[0]
   assert said(0.5, 2.0, 1.0) == said(0.5, 2.0, 0.0) == plain and "gradient" not in plain
