@@ -257,8 +257,9 @@ def _drowned(found: Mapping[str, np.ndarray]) -> str:
   if not (largest and of_labels > 0 and norms[largest] > DROWNS * of_labels):
     return ""
   return (
-    f" The gradient of the term {largest} at the image is {norms[largest] / of_labels:.0f} times that of ce: for samples"
-    f" of the class asked for, which a student may not need, lower loss.generator.{largest} or raise loss.generator.ce."
+    f" The gradient of the term {largest} at the image is {norms[largest] / of_labels:.0f} times that of ce: for"
+    " samples of the class asked for, which a student may not need, lower"
+    f" loss.generator.{largest} or raise loss.generator.ce."
   )
 
 
