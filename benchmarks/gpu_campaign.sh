@@ -6,7 +6,8 @@
 # call does: it carries out benchmarks/plans/PLAN.py in runs/gpu, or in DIR, until the budget, which a later call on the
 # same machine resumes. FOLDER gets gpu.json, methods.json, the table and a parcel of at most 60 MiB, in files of at
 # most 15 MiB, with which --from goes on elsewhere (benchmarks/parcel.py).
-# Packages that the machine lacks are taken from ./wheels, if there is such a folder. --toy is a rehearsal on a CPU.
+# Packages that the machine lacks are taken from ./wheels, if there is such a folder. In a copy without .git, COMMIT is to
+# name the commit. --toy is a rehearsal on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1 budget=9m data= plan=gpu_cifar from= runs=runs/gpu toy=
@@ -34,10 +35,7 @@ if [ ! -f "benchmarks/plans/$plan.py" ]; then
 fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-if [ -d wheels ]; then
-  python3 -m pip install --quiet --no-index --find-links wheels --no-deps wheels/*.whl
-fi
-python3 -c 'import cpsc_jax.configs' 2>/dev/null || python3 -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+. benchmarks/packages.sh
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 log() { echo "[$((SECONDS - began)) s] $*"; }
 if [ -n "$from" ] && [ ! -d "$runs" ]; then
@@ -47,7 +45,8 @@ fi
 mkdir -p "$runs"
 if [ ! -f "$runs/gpu.json" ]; then
   # What is wrong is in gpu.json and methods.json; the campaign goes on, so that a call is not lost.
-  python3 -m benchmarks.gpu --out "$runs/gpu.json" --methods= --budget "$((limit * 6 / 10))s" $toy || log "gpu.json names what is wrong"
+  python3 -m benchmarks.gpu --out "$runs/gpu.json" --methods= --budget "$((limit * 6 / 10))s" $toy ||
+    log "gpu.json names what is wrong"
   log "measured"
   methods=()
   if [ -n "$toy" ]; then methods=(--methods dafl); fi

@@ -25,10 +25,15 @@ def get_config(variant=""):
     c.generator.update({"width": 32, "latent_dim": 100, "steps": 1, "lr": 1e-3, "schedule": "cosine"})
     c.generator.warmup_epochs, c.student.steps = 4, 1
     c.evaluate.every = 5
-    default.apply_variant(c, variant)
-    if variant == "smoke":
-      c.student.warmup_epochs = 0  # all that is left after calibration is one epoch
+    apply_variant(c, variant)
   return c
+
+
+def apply_variant(c, variant):
+  """As default's; after the calibration of a smoke run a single epoch is left, which no warm-up may take."""
+  default.apply_variant(c, variant)
+  if variant == "smoke":
+    c.student.warmup_epochs = 0
 
 
 def quantising(c):

@@ -7,7 +7,7 @@ Other bits: --config.quantise.weights=8 --config.quantise.activations=8. The con
 untrained_generator, real_kd.
 """
 
-from cpsc_jax.configs import default, digits, quantise_cifar10
+from cpsc_jax.configs import digits, quantise_cifar10
 
 from cpsc_jax import schema
 
@@ -21,7 +21,5 @@ def get_config(variant=""):
     c.quantise.update({"weights": 4, "activations": 4, "calibration": 1})
     c.generator.warmup_epochs, c.student.steps, c.student.lr = 9, 1, 1e-2
     c.evaluate.every = 5
-    default.apply_variant(c, variant)
-    if variant == "smoke":
-      c.student.warmup_epochs = 0  # all that is left after calibration is one epoch
+    quantise_cifar10.apply_variant(c, variant)
   return c

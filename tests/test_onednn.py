@@ -105,18 +105,35 @@ def test_odd_shapes_and_dtypes(library, image, kernel, strides, padding, batch, 
     assert_close(a.astype(jnp.float32), b, 3e-5 if dtype == "float32" else 1e-2)
 
 
-@pytest.mark.parametrize("members", [(3,), (1,), (2, 3)])
-@pytest.mark.parametrize("shared", ["nothing", "images", "weights"])
-def test_batches_of_convolutions(library, members, shared):
-  """Under jax.vmap, also one within another, each convolution is what it is by itself, to round-off."""
-  rng = np.random.default_rng(0)
-  axes = {"images": members if shared != "images" else (), "weights": members if shared != "weights" else ()}
-  x = jnp.asarray(rng.normal(size=(*axes["images"], 4, 8, 8, 4)), jnp.float32)
-  w = jnp.asarray(rng.normal(size=(*axes["weights"], 3, 3, 4, 6)), jnp.float32)
+def test_batches_of_convolutions(library):
+  x, w, _ = arrays(6, (8, 8, 4), (3, 3, 4, 4), (1, 1), ((1, 1), (1, 1)), jnp.float32)
 
   def gradient(x, w):
     def loss(x, w):
-      return jnp.sum(jnp.square(convolution._conv(x, w, (2, 1), ((1, 1), (0, 1)), None)))
+      return jnp.sum(jnp.square(convolution._conv(x, w, (1, 1), ((1, 1), (1, 1)), None)))
+
+    return jax.grad(loss, (0, 1))(x, w)
+
+  xs, ws = x.reshape(3, 2, 8, 8, 4), jnp.stack([w, 2 * w, 3 * w])
+  ours = jax.jit(jax.vmap(gradient))(xs, ws)
+  for i in range(3):
+    for a, b in zip(ours, gradient(xs[i], ws[i]), strict=True):
+      np.testing.assert_array_equal(a[i], b)
+
+
+@pytest.mark.parametrize("size", [4, 16])  # of the larger ones each member has a thread
+@pytest.mark.parametrize("members", [(3,), (1,), (2, 3)])
+@pytest.mark.parametrize("shared", ["nothing", "images", "weights"])
+def test_members_share_what_they_share(library, members, shared, size):
+  """Under jax.vmap, also one within another, each convolution is what it is by itself, to round-off."""
+  rng = np.random.default_rng(0)
+  axes = {"images": members if shared != "images" else (), "weights": members if shared != "weights" else ()}
+  x = jnp.asarray(rng.normal(size=(*axes["images"], size, size, size, size)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(*axes["weights"], 3, 3, size, size + 2)), jnp.float32)
+
+  def gradient(x, w):
+    def loss(x, w):
+      return jnp.mean(jnp.square(convolution._conv(x, w, (2, 1), ((1, 1), (0, 1)), None)))
 
     return jax.value_and_grad(loss, (0, 1))(x, w)
 
