@@ -74,12 +74,19 @@ def finished(out: pathlib.Path, plan: Plan, recorded: Mapping[str, list[dict]] |
 
 
 def kept(workdir: pathlib.Path) -> dict | None:
-  """What is kept of a finished run; None of any other folder."""
+  """What is kept of a finished run; None of any other folder.
+
+  Raises:
+    Refusal: a run that no plan has begun, so that its command and commit are not known, or damaged files.
+  """
   if not (workdir / "results.json").exists():
     return None
+  begun = workdir.with_suffix(".origin.json")
+  if not begun.exists():
+    raise Refusal(f"{workdir} has a finished run, but {begun.name} is not beside it; copy that too, or move it away.")
   checksums.check_finished(workdir)
   results = json.loads((workdir / "results.json").read_text())
-  origin = json.loads(workdir.with_suffix(".origin.json").read_text())
+  origin = json.loads(begun.read_text())
   results["teacher"].pop("checkpoint", None)  # a place on one machine; the digest says which it is
   phases = results.get("incremental")
   more = {"incremental": phases} if phases else {"curve": curve(workdir, results)}
