@@ -1,7 +1,7 @@
 """20 classes of Tiny-ImageNet at 64 pixels: what stalls CPSC-DFKD, looked for in four epochs on validation images.
 
-Needs --config.dataset.data_dir=DIR and --config.dataset.name=NAME, as tiny20_cpu, and --config.teacher.checkpoint=DIR,
-the teacher that the row `cpsc` of that plan has trained.
+Needs --config.dataset.data_dir=DIR and --config.dataset.name=NAME, as tiny20_cpu. The teacher of all rows is trained
+without the validation images.
 """
 
 from benchmarks.plan import Row
@@ -10,6 +10,7 @@ PAIR, BASE = "20 classes of Tiny-ImageNet, WRN-16-1 -> WRN-10-1, settings of CPS
 SHARED = (
   "evaluate.split=validation",
   "teacher.net=wrn_16_1",
+  "teacher.epochs=20",
   "student.net=wrn_10_1",
   "generator.net=dcgan",
   "precision=bfloat16",
@@ -19,12 +20,12 @@ SHARED = (
 )
 
 
-def row(name: str, *flags: str) -> Row:
-  return Row(name, "photos", tuple(f"--config.{flag}" for flag in (*SHARED, *flags)))
+def row(name: str, *flags: str, teacher: str = BASE) -> Row:
+  return Row(name, "photos", tuple(f"--config.{flag}" for flag in (*SHARED, *flags)), teacher=teacher)
 
 
 ROWS = (
-  row("cpsc"),
+  row(BASE, teacher=""),
   row("bn 0.5", "loss.generator.bn=0.5"),
   row("the other generator", "generator.net=cifar"),
   row("generator's rate 1e-3", "generator.lr=1e-3"),
