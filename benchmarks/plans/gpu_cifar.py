@@ -30,7 +30,7 @@ def campaign(data: str = "cifar10") -> tuple[Row, ...]:
     return [
       row(pair, "cpsc", *ours),
       row(pair, "cpsc, untrained generator", *ours, "arm=untrained_generator"),
-      row(pair, "fast", config="fast_cifar10:five"),
+      row(pair, "fast with five steps", config="fast_cifar10:five"),
       row(pair, "real_kd", *ours, "arm=real_kd"),
       row(pair, "cmi", config="cmi_cifar10"),
     ]
