@@ -1,5 +1,7 @@
 """20 classes of Tiny-ImageNet at 64 pixels on two CPU cores: a teacher trained here, then its students.
 
+With the DCGAN generator, which is the published one for 64 pixels, and with that of `photos`.
+
 Needs --config.dataset.data_dir=DIR and --config.dataset.name=NAME, photographs of 64 pixels prepared as a folder of
 one's own (docs/data.md), with a training split.
 """
@@ -26,4 +28,6 @@ ROWS = (
   row("cpsc", teacher=""),
   row("cpsc, untrained generator", "arm=untrained_generator"),
   row("real_kd", "arm=real_kd"),
+  row("cpsc, the generator of photos", "generator.net=cifar"),
+  row("cpsc, the generator of photos, untrained", "generator.net=cifar", "arm=untrained_generator"),
 )
