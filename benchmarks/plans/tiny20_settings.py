@@ -26,7 +26,6 @@ def row(name: str, *flags: str, teacher: str = BASE) -> Row:
 
 ROWS = (
   row(BASE, teacher=""),
-  row("bn 0.5", "loss.generator.bn=0.5"),
   row("the other generator", "generator.net=cifar"),
   row("generator's rate 1e-3", "generator.lr=1e-3"),
 )
