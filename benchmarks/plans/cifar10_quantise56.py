@@ -8,14 +8,9 @@ from benchmarks.plan import Row
 PAIR = "CIFAR-10, ResNet-56 at few bits"
 
 
-def row(bits: int, *flags: str, seeds: tuple[int, ...] = (0,), name: str = "") -> Row:
-  given = (f"quantise.weights={bits}", f"quantise.activations={bits}", *flags)
-  return Row(f"W{bits}A{bits}{name}", "quantise_cifar10", tuple(f"--config.{flag}" for flag in given), seeds)
+def row(bits: int) -> Row:
+  flags = (f"quantise.weights={bits}", f"quantise.activations={bits}")
+  return Row(f"W{bits}A{bits}", "quantise_cifar10", tuple(f"--config.{flag}" for flag in flags))
 
 
-ROWS = (
-  row(4),
-  row(5),
-  row(8),
-  row(3),
-)
+ROWS = (row(4), row(5), row(8), row(3))
