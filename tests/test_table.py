@@ -12,8 +12,9 @@ import pytest
 from conftest import REPOSITORY
 from cpsc_jax.configs import digits
 
-from cpsc_jax import checkpoint
+from cpsc_jax import checkpoint, datasets, run
 from cpsc_jax import events as events_module
+from cpsc_jax.config import dump
 from cpsc_jax.errors import Refusal
 from cpsc_jax.events import Events
 from cpsc_jax.main import parse
@@ -22,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import plan as plans
 from benchmarks import table
+from benchmarks.plan import Row
 
 PLAN = """from benchmarks.plan import Row
 PAIR = "a pair"
@@ -125,8 +127,8 @@ def test_rows_are_compared_with_the_base_seed_by_seed():
   # differences 0.01 and 0.03: their mean, and their deviation 0.0141 over the root of 2
   assert "| 0.9500 | 0.0283 | +0.0200 ± 0.0100 |" in text and "| 0.900 (pool) |" in text
   assert "Teacher wrn_16_1: 0.9900 (seed 0), 0.9910 (seed 1), 0.9920 (seed 2); mean 0.9910." in text
-  for run in runs["other"]:
-    run["teacher"]["digest"] = "of another teacher"
+  for other in runs["other"]:
+    other["teacher"]["digest"] = "of another teacher"
   assert "±" not in table.table(plans.Plan("p", "a pair", rows, base="base"), runs).split("| other |")[1].split("\n")[0]
   assert "| other | not measured |" in table.table(plans.Plan("p", "a pair", rows, base="base"), {"base": runs["base"]})
 
@@ -256,6 +258,21 @@ def test_cores_are_divided_among_the_jobs():
 def test_a_real_run_that_fails_is_named(tmp_path):
   with pytest.raises(Refusal, match=r"dafl-0 failed with 2: cpsc_jax: .*no key 'no_such'"):
     plans.run(["--config=digits:smoke", "--config.no_such=1"], tmp_path / "dafl-0", {0}, time.monotonic() + 600)
+
+
+@pytest.mark.parametrize("config", ["quantise_digits", "incremental_digits", "digits"])
+def test_a_run_is_known_by_the_config_that_it_has_resolved(tmp_path, config):
+  """Where the task takes the student's network from its teacher, too."""
+  c, _ = parse(["cpsc-jax", f"--config={config}", "--config.seed=0"])
+  if c.task != "incremental":
+    c, _ = run.resolved(c, datasets.find("digits", ""))
+  p = plans.Plan("p", "a pair", (Row("one", config),))
+  workdir = plans.folder(tmp_path, p, p.rows[0], 0)
+  make(workdir)
+  (workdir / "config.json").write_text(dump(c))
+  plans.carry_out(p, p.rows[0], 0, tmp_path, (), {0}, time.monotonic() + 60)
+  with pytest.raises(Refusal, match=r"was run with another student\.lr"):
+    plans.carry_out(p, p.rows[0], 0, tmp_path, ("--config.student.lr=0.7",), {0}, time.monotonic() + 60)
 
 
 def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
