@@ -1,7 +1,7 @@
 """cpsc-jax --config quantise_cifar10 --config.teacher.checkpoint=teachers/resnet20
 
 Data-free quantisation of a CIFAR-10 network to W4A4 by CPSC's conditional generator. Accuracy of this code:
-docs/quantise.md. Published at W4A4, from another ResNet-20 with 93.89 to 94.03 %: GDFQ 90.11 to 90.25 %, Qimera
+docs/results.md. Published at W4A4, from another ResNet-20 with 93.89 to 94.03 %: GDFQ 90.11 to 90.25 %, Qimera
 91.26 %, AdaDFQ 92.31 %.
 
 Other bits: --config.quantise.weights=5 --config.quantise.activations=5. The controls: --config.arm=gaussian_noise,
