@@ -164,10 +164,10 @@ def carry_out(
 
 def with_teacher(config: Config) -> Config:
   """The config as its run has it: some tasks take the student's network from the teacher's card."""
-  if config.task == "incremental":  # the phases have configs of their own
+  task, place = tasks.of(config), config.teacher.checkpoint
+  if task.in_phases:  # each phase has a config of its own
     return config
-  place = config.teacher.checkpoint
-  return tasks.of(config).of_teacher(config, checkpoint.read_card(place) if place else {"net": config.teacher.net})
+  return task.of_teacher(config, checkpoint.read_card(place) if place else {"net": config.teacher.net})
 
 
 def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: float) -> bool:

@@ -7,6 +7,7 @@ cifar10_options). Needs --config.teacher.checkpoint=DIR, the converted WRN-16-1 
 """
 
 from benchmarks.plan import Row
+from benchmarks.plans.digits_ablation import without
 
 PAIR, BASE = "CIFAR-10, WRN-16-1 -> WRN-10-1: the parts of CPSC-DFKD", "cpsc"
 SEEDS = (20, 21, 22)
@@ -17,10 +18,6 @@ IKD = "loss.generator.ikd=1"
 def row(name: str, *flags: str) -> Row:
   given = ("precision=bfloat16", "schedule.epochs=8", "evaluate.every=4", *flags)
   return Row(name, "cifar10:cpu", tuple(f"--config.{flag}" for flag in given), SEEDS)
-
-
-def without(*terms: str) -> tuple[str, ...]:
-  return tuple(f"loss.generator.{term}=0" for term in terms)
 
 
 ROWS = (

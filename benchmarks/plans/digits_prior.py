@@ -9,19 +9,22 @@ from benchmarks.plan import Row
 
 PAIR, BASE = "Digits, a long tail, WRN-16-1 -> WRN-10-1", "uniform"
 SEEDS = (20, 21, 22)
-FLAGS = ("dataset.imbalance=25", "student.inherit=False")
-COUNTS = "133,93,65,45,31,22,15,10,7,5"  # training images of each class
 
 
-def row(name: str, *flags: str, teacher: str = BASE) -> Row:
-  return Row(name, "digits", tuple(f"--config.{flag}" for flag in (*FLAGS, *flags)), SEEDS, teacher)
+def priors(config: str, counts: str, *shared: str) -> tuple[Row, ...]:
+  """Each prior, and the controls, of a config with the flags `shared`; `counts` are the classes' training images."""
+
+  def row(name: str, *flags: str, teacher: str = BASE) -> Row:
+    return Row(name, config, tuple(f"--config.{flag}" for flag in (*shared, *flags)), SEEDS, teacher)
+
+  return (
+    row(BASE, teacher=""),
+    row("given, the true shares", "generator.prior=given", f"generator.prior_shares={counts}"),
+    row("teacher", "generator.prior=teacher"),
+    row("need", "generator.prior=need"),
+    row("uniform, untrained generator", "arm=untrained_generator"),
+    row("real images of the long tail", "arm=real_kd"),
+  )
 
 
-ROWS = (
-  row(BASE, teacher=""),
-  row("given, the true shares", "generator.prior=given", f"generator.prior_shares={COUNTS}"),
-  row("teacher", "generator.prior=teacher"),
-  row("need", "generator.prior=need"),
-  row("uniform, untrained generator", "arm=untrained_generator"),
-  row("real images of the long tail", "arm=real_kd"),
-)
+ROWS = priors("digits", "133,93,65,45,31,22,15,10,7,5", "dataset.imbalance=25", "student.inherit=False")
