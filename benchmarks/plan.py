@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from cpsc_jax import checkpoint, tasks
-from cpsc_jax.config import Config, settled
+from cpsc_jax import tasks
+from cpsc_jax.config import settled
 from cpsc_jax.errors import RESUME, Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.record import differences, write_whole
@@ -151,7 +151,10 @@ def carry_out(
     given.append(f"--config.teacher.checkpoint={teacher}")
   if (workdir / "config.json").exists():
     saved = json.loads((workdir / "config.json").read_text())
-    config = with_teacher(settled(parse(["cpsc-jax", *given, *flags])[0], saved["precision"]))
+    config = settled(parse(["cpsc-jax", *given, *flags])[0], saved["precision"])
+    task = tasks.of(config)
+    if not task.in_phases:  # what the run took from its teacher is not the plan's to say
+      config = task.of_teacher(config, {"net": saved["student"]["net"]})
     if differ := differences(workdir, config, saved):
       raise Refusal(f"{workdir} was run with another {', '.join(differ)}; delete it or rename the row.")
   workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -160,14 +163,6 @@ def carry_out(
   done = run([*given, *flags], workdir, cores, until)
   if done or workdir.exists():
     print(f"{row.name}, seed {seed}: {'done' if done else 'stopped; the same command resumes it'}", flush=True)
-
-
-def with_teacher(config: Config) -> Config:
-  """The config as its run has it: some tasks take the student's network from the teacher's card."""
-  task, place = tasks.of(config), config.teacher.checkpoint
-  if task.in_phases:  # each phase has a config of its own
-    return config
-  return task.of_teacher(config, checkpoint.read_card(place) if place else {"net": config.teacher.net})
 
 
 def run(flags: Sequence[str], workdir: pathlib.Path, cores: set[int], until: float) -> bool:

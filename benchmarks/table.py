@@ -285,12 +285,13 @@ def draw(plan: Plan, found: Mapping[str, list[dict]], path: pathlib.Path) -> boo
       )
       by_time.plot(minutes, accuracy, **style)
       by_images.plot(images / 1000, accuracy, **style)
-  by_time.set(xlabel="minutes of training", ylabel="accuracy", title=plan.pair)
+  by_time.set(xlabel="minutes of training", ylabel="accuracy")
   by_images.set(xlabel="images that the student has seen, thousands")
   for axis in (by_time, by_images):
     axis.grid(alpha=0.3)
   if not by_time.lines:
     return False
+  figure.suptitle(plan.pair, fontsize="medium")
   figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
   save_figure(figure, path, dpi=120)
   return True

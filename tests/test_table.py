@@ -8,6 +8,7 @@ import threading
 import time
 import types
 
+import ml_collections
 import pytest
 from conftest import REPOSITORY
 from cpsc_jax.configs import digits
@@ -262,17 +263,20 @@ def test_a_real_run_that_fails_is_named(tmp_path):
 
 @pytest.mark.parametrize("config", ["quantise_digits", "incremental_digits", "digits"])
 def test_a_run_is_known_by_the_config_that_it_has_resolved(tmp_path, config):
-  """Where the task takes the student's network from its teacher, too."""
+  """Where the task takes the student's network from its teacher, too, and where that teacher is gone."""
   c, _ = parse(["cpsc-jax", f"--config={config}", "--config.seed=0"])
   if c.task != "incremental":
     c, _ = run.resolved(c, datasets.find("digits", ""))
+  teacher = "--config.teacher.checkpoint=gone"
+  c = ml_collections.ConfigDict(c.to_dict())
+  c.teacher.checkpoint = "gone"
   p = plans.Plan("p", "a pair", (Row("one", config),))
   workdir = plans.folder(tmp_path, p, p.rows[0], 0)
   make(workdir)
   (workdir / "config.json").write_text(dump(c))
-  plans.carry_out(p, p.rows[0], 0, tmp_path, (), {0}, time.monotonic() + 60)
+  plans.carry_out(p, p.rows[0], 0, tmp_path, (teacher,), {0}, time.monotonic() + 60)
   with pytest.raises(Refusal, match=r"was run with another student\.lr"):
-    plans.carry_out(p, p.rows[0], 0, tmp_path, ("--config.student.lr=0.7",), {0}, time.monotonic() + 60)
+    plans.carry_out(p, p.rows[0], 0, tmp_path, (teacher, "--config.student.lr=0.7"), {0}, time.monotonic() + 60)
 
 
 def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
