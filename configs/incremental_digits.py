@@ -22,6 +22,7 @@ def get_config(variant=""):
     c.schedule.epochs, c.schedule.iterations, c.generator.warmup_epochs = 12, 40, 2
     c.generator.steps = 2
     c.student.steps, c.student.lr, c.student.warmup_epochs = 2, 0.02, 0
+    c.student.crop_pad, c.loss.student.kd = 0, 4.0  # crops of what a student learns from cost it old classes
     c.evaluate.every = c.evaluate.diagnostics_every = 6
     default.apply_variant(c, variant)
     if variant == "smoke":
