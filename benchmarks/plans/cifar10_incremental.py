@@ -1,7 +1,7 @@
 """CIFAR-10 in five phases of two classes on two CPU cores: class-incremental learning and its controls.
 
-All rows begin with the same network of the first two classes and have the same order of classes. Needs
---config.dataset.data_dir=DIR.
+All rows begin with the same network of the first two classes and have the same order of classes. Joint training has
+the crops and the learning rate of that network. Needs --config.dataset.data_dir=DIR.
 """
 
 from benchmarks.plan import Row
@@ -19,7 +19,7 @@ def arm(name: str, *flags: str) -> Row:
 ROWS = (
   arm("cpsc"),
   arm("no rehearsal", "arm=no_rehearsal"),
-  arm("all classes together", "arm=joint"),
+  arm("all classes together", "arm=joint", "student.crop_pad=4", "student.lr=0.1"),
   arm("real rehearsal, 20 images a class", "arm=real_rehearsal"),
   arm("distillation without samples (LwF)", "arm=lwf"),
   arm("untrained generator", "arm=untrained_generator"),
