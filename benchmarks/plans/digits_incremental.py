@@ -10,15 +10,21 @@ PAIR, BASE = "Digits, five phases of two classes, WRN-16-1", "cpsc"
 SEEDS = (30, 31, 32, 33, 34)
 
 
-def arm(name: str, *flags: str) -> Row:
-  return Row(name, "incremental_digits", tuple(f"--config.{flag}" for flag in flags), SEEDS, teacher="cpsc")
+def arms(config: str, seeds: tuple[int, ...], joint: tuple[str, ...], *shared: str) -> tuple[Row, ...]:
+  """CPSC-DFKD and its controls, of a config with the flags `shared`; joint training has those of `joint`, too."""
+
+  def arm(name: str, *flags: str) -> Row:
+    given = tuple(f"--config.{flag}" for flag in (*shared, *flags))
+    return Row(name, config, given, seeds, teacher=BASE if flags else "")
+
+  return (
+    arm(BASE),
+    arm("no rehearsal", "arm=no_rehearsal"),
+    arm("all classes together", "arm=joint", *joint),
+    arm("real rehearsal, 20 images a class", "arm=real_rehearsal"),
+    arm("distillation without samples (LwF)", "arm=lwf"),
+    arm("untrained generator", "arm=untrained_generator"),
+  )
 
 
-ROWS = (
-  Row("cpsc", "incremental_digits", (), SEEDS),
-  arm("no rehearsal", "arm=no_rehearsal"),
-  arm("all classes together", "arm=joint", "student.crop_pad=1"),
-  arm("real rehearsal, 20 images a class", "arm=real_rehearsal"),
-  arm("distillation without samples (LwF)", "arm=lwf"),
-  arm("untrained generator", "arm=untrained_generator"),
-)
+ROWS = arms("incremental_digits", SEEDS, ("student.crop_pad=1",))
