@@ -506,6 +506,7 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     "loss.student.local": Key(1.0, "cross-entropy of real images over the new classes alone", NOT_NEGATIVE),
     "loss.student.balanced": Key(0.0, "cross-entropy over all classes, each of the same weight", NOT_NEGATIVE),
     "loss.student.classifier": Key(0.0, "ABD: cross-entropy over all classes, for the classifier alone", NOT_NEGATIVE),
+    "loss.student.lwf": Key(0.0, "LwF: the previous network's prediction on real images, at T 2", NOT_NEGATIVE),
     "loss.student.old_logits": Key(0.0, "R-DFCIL: absolute difference of old logits on samples", NOT_NEGATIVE),
     "loss.student.old_features": Key(
       0.0, "ABD: squared difference of features seen through the old classifier", NOT_NEGATIVE

@@ -31,7 +31,7 @@ def a_phase():
   """A phase of class-incremental learning with all of its terms, six classes after four."""
   c = incremental_digits.get_config("smoke")
   c.incremental.update({"known": 4, "phases": 5, "batch_size": 16, "balance": "rdfcil", "refine": 1})
-  every = ("local", "balanced", "classifier", "old_logits", "old_features", "relation", "refine")
+  every = ("local", "balanced", "classifier", "lwf", "old_logits", "old_features", "relation", "refine")
   c.loss.student.update(dict.fromkeys(every, 0.5))
   c.loss.generator.update(dict.fromkeys(("confident", "even", "moments", "smooth"), 0.5))
   c.student.net, c.student.inherit, c.student.steps = "wrn_10_1", True, 1

@@ -232,9 +232,10 @@ def test_terms_are_those_of_numpy(balance):
   if balance == "rdfcil":
     alpha, beta = np.log2(3 / 2 + 1), np.sqrt(4 / 3)
     factor = {"local": (1 + 1 / alpha) / beta, "old_logits": alpha * beta, "relation": alpha * beta}
-  rows = np.arange(real)
+  rows, soft = np.arange(real), log_softmax(t[:real] / 2)
   expected = {
     "local": -log_softmax(s[:real, old:])[rows, y[:real] - old].mean() * factor["local"],
+    "lwf": 4 * np.mean((np.exp(soft) * (soft - log_softmax(s[:real, :old] / 2))).sum(-1)),
     "old_logits": np.abs(t[real:] - s[real:, :old]).mean() * factor["old_logits"],
   }
   cross_entropy = -log_softmax(s)[np.arange(len(y)), y]

@@ -27,7 +27,7 @@ from cpsc_jax.tasks.base import Task
 
 Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
-OWN = ("local", "balanced", "classifier", "old_logits", "old_features", "relation", "refine")  # terms of the student
+OWN = ("local", "balanced", "classifier", "lwf", "old_logits", "old_features", "relation", "refine")  # of the student
 ARMS = schema.INCREMENTAL_ARMS  # controls without a generator
 REFINED = ("refine", "old_logits")  # the terms of refinement
 OLD_CLASSIFIER = "old_classifier"  # in `State.memory`
@@ -186,6 +186,9 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
     weights = jnp.where(v.labels >= old, 1 - share, share) if balance == "abd" else 1.0
     return weights * losses.cross_entropy(logits, v.labels)
 
+  def lwf(v: View) -> jax.Array:
+    return old_prediction(v.teacher.logits[:real], v.student.logits[:real], old)
+
   def old_logits(v: View) -> jax.Array:
     return jnp.mean(jnp.abs(stop_gradient(v.teacher.logits[real:]) - v.student.logits[real:, :old]), axis=-1)
 
@@ -198,7 +201,7 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
     before = stop_gradient(v.teacher.pooled[:real]) @ maps["before"]
     return jnp.mean(jnp.abs(losses.angles(before) - losses.angles(v.student.pooled[:real] @ maps["now"])))
 
-  values = (local, balanced, classifier, old_logits, old_features, relation, balanced)
+  values = (local, balanced, classifier, lwf, old_logits, old_features, relation, balanced)
   student = {
     name: _scaled(Term(value, couples_batch=value is relation), factor.get(name, 1.0))
     for name, value in zip(OWN, values, strict=True)
@@ -215,6 +218,11 @@ def terms(config: Config, net: Any, image_shape: tuple[int, int, int], seen: int
 def new_cross_entropy(logits: jax.Array, labels: jax.Array, old: int) -> jax.Array:
   """Cross-entropy (N,) of images of new classes among these alone; the first `old` logits are left out."""
   return losses.cross_entropy(logits[:, old:], labels - old)
+
+
+def old_prediction(teacher: jax.Array, student: jax.Array, old: int) -> jax.Array:
+  """Divergence (N,) of the student's old classes from the previous network (Li and Hoiem, TPAMI 2018, equation 2)."""
+  return losses.kl(stop_gradient(teacher), student[:, :old], LWF_TEMPERATURE)
 
 
 def through(layer: Tree, features: jax.Array) -> jax.Array:
@@ -357,8 +365,7 @@ def _of_arm(config: Config) -> tuple[dict[str, Term], dict[str, float]]:
   old = config.incremental.known
 
   def lwf(v: View) -> jax.Array:
-    """The previous network's prediction on the new images (Li and Hoiem, TPAMI 2018)."""
-    return losses.kl(stop_gradient(v.teacher.logits), v.student.logits[:, :old], LWF_TEMPERATURE)
+    return old_prediction(v.teacher.logits, v.student.logits, old)
 
   def local(v: View) -> jax.Array:
     return new_cross_entropy(v.student.logits, v.labels, old)
