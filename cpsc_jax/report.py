@@ -139,12 +139,16 @@ def compare(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> 
   """Writes one page of several finished runs to `out` and returns its path.
 
   Raises:
-    Refusal: as `report`, or a folder that is named twice.
+    Refusal: as `report`, a folder that is named twice, or runs of several phases beside others.
   """
   runs = []
   for workdir in map(pathlib.Path, workdirs):
     results = read_results(workdir)
-    runs.append(_run(workdir, results, _read_history(workdir / "history.json")))
+    history = {"student": []} if "incremental" in results else _read_history(workdir / "history.json")
+    runs.append(_run(workdir, results, history))
+  if len({"incremental" in run.results for run in runs}) > 1:
+    of_phases = next(run.name for run in runs if "incremental" in run.results)
+    raise Refusal(f"{of_phases} is a run of several phases, and others are not; compare the two kinds apart.")
   names = [run.name for run in runs]
   if len(set(names)) < len(names):
     runs = [dataclasses.replace(run, name=str(workdir)) for run, workdir in zip(runs, workdirs, strict=True)]

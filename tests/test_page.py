@@ -52,7 +52,7 @@ class Reader(html.parser.HTMLParser):
 
 def at(tree, path, separator="."):
   for key in path.split(separator):
-    tree = tree[key]
+    tree = tree[int(key) if isinstance(tree, list) else key]
   return tree
 
 
@@ -324,6 +324,44 @@ def test_runs_with_the_teacher_of_their_own_seed_are_one_row(tmp_path):
   assert "distill_0,distill_1 mean" in sources[0] and "distill_0,distill_1 mean" not in sources[1]
 
 
+def write_phases(folder, accuracy, **options):
+  """The files of a run of three phases that never was."""
+  write_run(folder, **options)
+  (folder / "history.json").unlink()
+  found = {"sizes": [4, 3, 3], "accuracy": accuracy, "average": statistics.fmean(accuracy), "forgetting": 0.125}
+  change(folder, "results.json", lambda results: results.update(incremental=found, generator=None))
+  return folder
+
+
+def test_runs_of_phases_are_compared_by_their_average_accuracy(tmp_path):
+  accuracies = {"distill": (0.90, 0.75, 0.60), "no_rehearsal": (0.90, 0.50, 0.40)}
+  folders = {arm: write_phases(tmp_path / arm, list(each), arm=arm) for arm, each in accuracies.items()}
+  read = check_numbers(report.compare(list(folders.values()), tmp_path / "out.html").read_text(), folders, at_least=18)
+  check_form(read)
+  shown = {source: text for _, source, text in read.numbers}
+  assert shown["no_rehearsal-distill paired incremental.average"] == "-15.00"
+  assert shown["distill results incremental.accuracy.-1"] == "0.6000" and "0.125" not in read.text
+  chart = next(each["aria-label"] for each in read.tags["svg"])
+  assert chart == (
+    "accuracy: distill goes from 0.9 at 4 classes to 0.6 at 10 classes;"
+    " no_rehearsal goes from 0.9 at 4 classes to 0.4 at 10 classes"
+  )
+
+
+def test_keys_that_older_records_lack_have_their_defaults(tmp_path):
+  folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+  for folder, value, changed in zip(folders[1:], (0.0, 0.5), ({}, {"loss.newer": [0.0, 0.5]}), strict=True):
+
+    def edit(results, value=value, changed=changed):
+      results["config"]["loss"]["newer"], results["changed"] = value, changed
+
+    change(folder, "results.json", edit)
+  text = report.compare(folders[:2], tmp_path / "out.html").read_text()
+  assert "loss.newer" not in text and "a,b mean" in text, "the second has the default, which the first lacks"
+  text = Reader(report.compare(folders, tmp_path / "out.html").read_text()).text
+  assert "loss.newer0.00.00.5" in text
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
   folder, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
 
@@ -336,6 +374,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
   refused([folder, "--out", tmp_path / "x.html"], "--out is for several runs")
   refused([folder, tmp_path / "nowhere"], "no run in")
   refused([folder, other, "--out", tmp_path / "no" / "x.html"], "choose another --out")
+  phases = write_phases(tmp_path / "phases", [0.9, 0.6, 0.5])
+  refused([folder, phases], "phases is a run of several phases, and others are not")
   (other / "diagnostics" / "000010.npz").write_bytes(b"PK")
   refused([folder, other, "--out", tmp_path / "x.html"], "000010.npz", "delete that file")
 
@@ -398,7 +438,8 @@ def test_a_browser_shows_all_of_it(finished, tmp_path, width, kind):
     pages = [page_of(folder), (finished / "report.html").read_text()]
   else:
     other = write_run(tmp_path / "another_run_with_a_long_name", arm="untrained_generator")
-    pages = [report.compare([folder, other], tmp_path / "out.html").read_text()]
+    both = [write_phases(tmp_path / name, [0.9, 0.6, 0.5], arm=name) for name in ("distill", "no_rehearsal")]
+    pages = [report.compare(pair, tmp_path / "out.html").read_text() for pair in ([folder, other], both)]
   for number, text in enumerate(pages):
     path = tmp_path / f"{number}.html"
     path.write_text(text.replace("</body>", f"{ASK}</body>"))

@@ -47,12 +47,16 @@ class Run:
   def last_diagnosis(self) -> int | None:
     return max(self.diagnoses, default=None)
 
+  def value(self, path: str) -> Any:
+    """What results.json has at a dotted path, in which numbers are places of a list."""
+    found = self.results
+    for key in path.split("."):
+      found = found[int(key) if isinstance(found, list) else key]
+    return found
+
   def of_results(self, path: str, form: str = ".4f", scale: float = 1) -> Markup:
     """The number at a dotted path of results.json."""
-    value = self.results
-    for key in path.split("."):
-      value = value[int(key) if isinstance(value, list) else key]
-    return number(value, f"{self.name} results {path}", form, scale)
+    return number(self.value(path), f"{self.name} results {path}", form, scale)
 
   def of_history(self, index: int, path: str, form: str = ".4f") -> Markup:
     """The number at a path of an entry of the history, steps of which are joined by "|"."""
@@ -109,12 +113,13 @@ def points_of(run: Run, path: str) -> list[tuple[float, float]]:
   return points
 
 
-def described(curves: Sequence[svg.Curve]) -> str:
-  """What curves show, in a sentence."""
+def described(curves: Sequence[svg.Curve], unit: str = "epoch {}") -> str:
+  """What curves show, in a sentence; `unit` is how a place along them is called."""
   told = []
   for curve in curves:
     (x1, y1), (x2, y2) = curve.points[0], curve.points[-1]
-    told.append(f"{curve.name} goes from {significant(y1)} at epoch {x1:g} to {significant(y2)} at epoch {x2:g}")
+    first, last = unit.format(f"{x1:g}"), unit.format(f"{x2:g}")
+    told.append(f"{curve.name} goes from {significant(y1)} at {first} to {significant(y2)} at {last}")
   return "; ".join(told)
 
 

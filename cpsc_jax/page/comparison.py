@@ -1,9 +1,11 @@
 """A page that compares runs."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from cpsc_jax import paired
@@ -22,30 +24,93 @@ NO_SETTINGS = (  # keys that change nothing of what a run finds, but for the see
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What is compared of runs, by paths of results.json.
+
+  Attributes:
+    headline: the accuracy by which runs are compared, and what it is called.
+    means: {head: path} of the table of means.
+    each: {head: path} of the table of runs.
+  """
+
+  headline: tuple[str, str]
+  means: Mapping[str, str]
+  each: Mapping[str, str]
+
+
+ORDINARY = Kind(
+  headline=("student.last.accuracy", "accuracy at the last epoch"),
+  means={
+    "teacher": "teacher.accuracy",
+    "student, last": "student.last.accuracy",
+    "best": "student.best.accuracy",
+    "agreement": "student.last.agreement",
+  },
+  each={
+    "teacher": "teacher.accuracy",
+    "student, last": "student.last.accuracy",
+    "best": "student.best.accuracy",
+    "agreement": "student.last.agreement",
+  },
+)
+PHASES = Kind(
+  headline=("incremental.average", "average incremental accuracy"),
+  means={
+    "average accuracy": "incremental.average",
+    "at the end": "incremental.accuracy.-1",
+    "forgetting": "incremental.forgetting",
+  },
+  each={
+    "first network": "incremental.accuracy.0",
+    "average accuracy": "incremental.average",
+    "at the end": "incremental.accuracy.-1",
+    "forgetting": "incremental.forgetting",
+  },
+)
+
+
 def comparison_page(runs: Sequence[Run]) -> str:
-  """One page of several finished runs."""
-  groups = _grouped(runs)
+  """One page of several finished runs, all of several phases or none."""
+  kind = PHASES if "incremental" in runs[0].results else ORDINARY
+  settings = _settings(runs)
+  groups = _grouped(runs, settings)
   colours = {run.name: colour for colour, group in enumerate(groups) for run in group}
   dashed = {run.name: i > 0 for group in groups for i, run in enumerate(group)}
-  best = max(runs, key=lambda run: run.results["student"]["last"]["accuracy"])
+  path, what = kind.headline
+  best = max(runs, key=lambda run: run.value(path))
   entries = [{"name": run.name, "colour": colours[run.name] % svg.COLOURS, "dashed": dashed[run.name]} for run in runs]
+  if kind is PHASES:
+    charts = [_over_classes(runs, colours, dashed)]
+  else:
+    charts = [_compared(runs, score, colours, dashed) for score in SCORES if _has(runs, score)]
   return render(
     "comparison.html",
     title=f"{len(runs)} runs compared",
-    verdict=Markup("The highest accuracy at the last epoch is {}, of {}.").format(
-      best.of_results("student.last.accuracy"), best.name
-    ),
-    groups=_group_table(groups),
-    charts=[_compared(runs, score, colours, dashed) for score in SCORES if _has(runs, score)],
+    verdict=Markup("The highest {} is {}, of {}.").format(what, best.of_results(path), best.name),
+    groups=_group_table(groups, kind, settings),
+    charts=charts,
     legend=entries,
     grids=[{**shown, "name": run.name} for run in runs if (shown := sheet(run, 6))],
-    runs=_run_table(runs),
+    runs=_run_table(runs, kind),
     differences=_config_table(runs),
   )
 
 
 def _has(runs: Sequence[Run], score: str) -> bool:
   return any(score in entry for run in runs for entry in run.history)
+
+
+def _over_classes(runs: Sequence[Run], colours: Mapping[str, int], dashed: Mapping[str, bool]) -> dict:
+  curves = []
+  for run in runs:
+    found = run.results["incremental"]
+    points = list(zip(np.cumsum(found["sizes"]).tolist(), found["accuracy"], strict=True))
+    curves.append(svg.Curve(run.name, points, colours[run.name], dashed[run.name]))
+  return {
+    "svg": svg.chart(curves, f"accuracy: {described(curves, '{} classes')}"),
+    "caption": "Accuracy over all classes seen so far, by their number.",
+  }
 
 
 def _compared(runs: Sequence[Run], score: str, colours: Mapping[str, int], dashed: Mapping[str, bool]) -> dict:
@@ -57,12 +122,24 @@ def _compared(runs: Sequence[Run], score: str, colours: Mapping[str, int], dashe
   }
 
 
-def _settings(run: Run) -> dict[str, Any]:
-  """The config, flat, without what equal runs may differ in; of a given teacher, its digest stands for its place."""
-  flat = {key: value for key, value in _flat(run.results["config"]) if key not in NO_SETTINGS}
-  if flat.get("teacher.checkpoint"):
-    flat["teacher.checkpoint"] = run.results["teacher"].get("digest")
-  return flat
+def _configs(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """The configs, flat. Where an older record lacks a key stands its default, if another run's record tells it."""
+  flats = [dict(_flat(run.results["config"])) for run in runs]
+  defaults = {}
+  for run, flat in zip(runs, flats, strict=True):
+    if "changed" in run.results:
+      defaults |= {key: value for key, value in flat.items() if key not in run.results["changed"]}
+  return [defaults | flat for flat in flats]
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+  """Each run's config without what equal runs may differ in; of a given teacher, its digest stands for its place."""
+  found = {}
+  for run, flat in zip(runs, _configs(runs), strict=True):
+    found[run.name] = {key: value for key, value in flat.items() if key not in NO_SETTINGS}
+    if flat.get("teacher.checkpoint"):
+      found[run.name]["teacher.checkpoint"] = run.results["teacher"].get("digest")
+  return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -72,11 +149,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
   return flat
 
 
-def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
+def _grouped(runs: Sequence[Run], settings: Mapping[str, dict]) -> list[list[Run]]:
   """Runs that differ in nothing but the seed, together."""
   groups: list[list[Run]] = []
   for run in runs:
-    same = next((group for group in groups if _alike(group[0], run)), None)
+    same = next((group for group in groups if _alike(group[0], run, settings)), None)
     if same:
       same.append(run)
     else:
@@ -84,36 +161,31 @@ def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
   return groups
 
 
-def _alike(a: Run, b: Run) -> bool:
+def _alike(a: Run, b: Run, settings: Mapping[str, dict]) -> bool:
   """Whether two runs differ in nothing but the seed, and in the teacher if each has that of its own seed."""
-  ours, theirs = _settings(a), _settings(b)
+  ours, theirs = settings[a.name], settings[b.name]
   if all(run.results["teacher"].get("seed") == run.results["seed"] for run in (a, b)):
-    ours, theirs = ({**settings, "teacher.checkpoint": ""} for settings in (ours, theirs))
+    ours, theirs = ({**each, "teacher.checkpoint": ""} for each in (ours, theirs))
   return ours == theirs
 
 
-def _group_table(groups: Sequence[Sequence[Run]]) -> Table:
-  columns = {
-    "teacher": "teacher.accuracy",
-    "student, last": "student.last.accuracy",
-    "best": "student.best.accuracy",
-    "agreement": "student.last.agreement",
-  }
+def _group_table(groups: Sequence[Sequence[Run]], kind: Kind, settings: Mapping[str, dict]) -> Table:
   base = {run.results["seed"]: run for run in groups[0]}
   rows = []
   for group in groups:
-    cells: list[Any] = [_group_name(group, groups), len(group)]
-    cells += [_mean_of(group, path) for path in columns.values()]
+    cells: list[Any] = [_group_name(group, groups, settings), len(group)]
+    cells += [_mean_of(group, path) for path in kind.means.values()]
     pairs = [(run, base[run.results["seed"]]) for run in group if run.results["seed"] in base]
-    cells += ["", ""] if group is groups[0] or not pairs else [_paired(pairs), _interval(pairs)]
+    path = kind.headline[0]
+    cells += ["", ""] if group is groups[0] or not pairs else [_paired(pairs, path), _interval(pairs, path)]
     rows.append(cells)
   interval = f"{paired.CONFIDENCE:.0%} interval".replace("%", " %")
-  return {"heads": ["", "seeds", *columns, "paired difference", interval], "rows": rows}
+  return {"heads": ["", "seeds", *kind.means, "paired difference", interval], "rows": rows}
 
 
-def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]]) -> str:
+def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]], settings: Mapping[str, dict]) -> str:
   """In what its config differs from the first group's, or its runs' name."""
-  ours, first = _settings(group[0]), _settings(groups[0][0])
+  ours, first = settings[group[0].name], settings[groups[0][0].name]
   differing = [key for key in ours if ours[key] != first.get(key)]
   if len(differing) > 1:  # whether a teacher is given or trained says less than anything else
     differing = [key for key in differing if key != "teacher.checkpoint"]
@@ -124,33 +196,28 @@ def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]]) -> str:
 
 
 def _mean_of(group: Sequence[Run], path: str) -> Markup:
-  values = []
-  for run in group:
-    value = run.results
-    for key in path.split("."):
-      value = value[key]
-    values.append(value)
+  values = [run.value(path) for run in group]
   return _mean_and_deviation(values, f"{','.join(run.name for run in group)} mean {path}", 1, ".4f")
 
 
-def _paired(pairs: Sequence[tuple[Run, Run]]) -> Markup:
-  gaps, names = _gaps(pairs)
-  return _mean_and_deviation(gaps, f"{names} paired student.last.accuracy", 0.01, "+.2f")
+def _paired(pairs: Sequence[tuple[Run, Run]], path: str) -> Markup:
+  gaps, names = _gaps(pairs, path)
+  return _mean_and_deviation(gaps, f"{names} paired {path}", 0.01, "+.2f")
 
 
-def _interval(pairs: Sequence[tuple[Run, Run]]) -> Markup:
+def _interval(pairs: Sequence[tuple[Run, Run]], path: str) -> Markup:
   """The confidence interval of the mean paired difference; nothing of a single pair."""
-  gaps, names = _gaps(pairs)
+  gaps, names = _gaps(pairs, path)
   ends = paired.interval(gaps)
   if ends is None:
     return Markup("")
-  shown = [number(end, f"{names} interval student.last.accuracy {place}", "+.2f") for place, end in enumerate(ends)]
+  shown = [number(end, f"{names} interval {path} {place}", "+.2f") for place, end in enumerate(ends)]
   return Markup("{} to {}").format(*shown)
 
 
-def _gaps(pairs: Sequence[tuple[Run, Run]]) -> tuple[list[float], str]:
-  """The differences in accuracy at the last epoch, in points, and the names of the runs, for the source."""
-  gaps = [100 * (a.results["student"]["last"]["accuracy"] - b.results["student"]["last"]["accuracy"]) for a, b in pairs]
+def _gaps(pairs: Sequence[tuple[Run, Run]], path: str) -> tuple[list[float], str]:
+  """The differences of an accuracy, in points, and the names of the runs, for the source."""
+  gaps = [100 * (a.value(path) - b.value(path)) for a, b in pairs]
   return gaps, ",".join(f"{a.name}-{b.name}" for a, b in pairs)
 
 
@@ -162,31 +229,22 @@ def _mean_and_deviation(values: Sequence[float], source: str, points: float, for
   return Markup("{} ± {}").format(shown, number(deviation, f"{source} deviation", ".2f", 100 * points))
 
 
-def _run_table(runs: Sequence[Run]) -> Table:
-  heads = ["run", "method", "arm", "seed", "teacher", "student, last", "best", "agreement", "gap", "seconds"]
+def _run_table(runs: Sequence[Run], kind: Kind) -> Table:
+  gaps = ("gap",) if kind is ORDINARY else ()
   rows = []
   for run in runs:
     results = run.results
-    gap = 100 * (results["teacher"]["accuracy"] - results["student"]["last"]["accuracy"])
-    rows.append(
-      [
-        run.name,
-        results.get("method", ""),
-        results["arm"],
-        results["seed"],
-        run.of_results("teacher.accuracy"),
-        run.of_results("student.last.accuracy"),
-        run.of_results("student.best.accuracy"),
-        run.of_results("student.last.agreement"),
-        number(gap, f"{run.name} gap last", ".2f"),
-        run.of_results("seconds", ",.0f"),
-      ]
-    )
-  return {"heads": heads, "rows": rows}
+    cells: list[Any] = [run.name, results.get("method", ""), results["arm"], results["seed"]]
+    cells += [run.of_results(path) for path in kind.each.values()]
+    for _ in gaps:
+      gap = 100 * (results["teacher"]["accuracy"] - results["student"]["last"]["accuracy"])
+      cells.append(number(gap, f"{run.name} gap last", ".2f"))
+    rows.append([*cells, run.of_results("seconds", ",.0f")])
+  return {"heads": ["run", "method", "arm", "seed", *kind.each, *gaps, "seconds"], "rows": rows}
 
 
 def _config_table(runs: Sequence[Run]) -> Table:
-  flats = [{**dict(_flat(run.results["config"]))} for run in runs]
+  flats = _configs(runs)
   keys = sorted({key for flat in flats for key in flat})
   differing = [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
   return {
