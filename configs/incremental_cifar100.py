@@ -53,7 +53,7 @@ def published(c):
 
 def conditional(c):
   """CPSC's generator in the same phases."""
-  incremental_cifar10.learning(c)
+  incremental_cifar10.learning(c, incremental_cifar10.ON_PHOTOGRAPHS)
   c.incremental.update({"balance": "none", "rests": False, "refine": 0})
   c.schedule.epochs = 173
   c.generator.update({"conditional": True, "latent_dim": 256, "steps": 2, "b1": 0.5, "schedule": "cosine"})
