@@ -30,43 +30,34 @@ class Kind:
 
   Attributes:
     headline: the accuracy by which runs are compared, and what it is called.
-    means: {head: path} of the table of means.
-    each: {head: path} of the table of runs.
+    figures: {head: path} of both tables.
+    gap: whether a student is behind a teacher.
   """
 
   headline: tuple[str, str]
-  means: Mapping[str, str]
-  each: Mapping[str, str]
+  figures: Mapping[str, str]
+  gap: bool
 
 
 ORDINARY = Kind(
   headline=("student.last.accuracy", "accuracy at the last epoch"),
-  means={
+  figures={
     "teacher": "teacher.accuracy",
     "student, last": "student.last.accuracy",
     "best": "student.best.accuracy",
     "agreement": "student.last.agreement",
   },
-  each={
-    "teacher": "teacher.accuracy",
-    "student, last": "student.last.accuracy",
-    "best": "student.best.accuracy",
-    "agreement": "student.last.agreement",
-  },
+  gap=True,
 )
 PHASES = Kind(
   headline=("incremental.average", "average incremental accuracy"),
-  means={
-    "average accuracy": "incremental.average",
-    "at the end": "incremental.accuracy.-1",
-    "forgetting": "incremental.forgetting",
-  },
-  each={
+  figures={
     "first network": "incremental.accuracy.0",
     "average accuracy": "incremental.average",
     "at the end": "incremental.accuracy.-1",
     "forgetting": "incremental.forgetting",
   },
+  gap=False,
 )
 
 
@@ -174,13 +165,13 @@ def _group_table(groups: Sequence[Sequence[Run]], kind: Kind, settings: Mapping[
   rows = []
   for group in groups:
     cells: list[Any] = [_group_name(group, groups, settings), len(group)]
-    cells += [_mean_of(group, path) for path in kind.means.values()]
+    cells += [_mean_of(group, path) for path in kind.figures.values()]
     pairs = [(run, base[run.results["seed"]]) for run in group if run.results["seed"] in base]
     path = kind.headline[0]
     cells += ["", ""] if group is groups[0] or not pairs else [_paired(pairs, path), _interval(pairs, path)]
     rows.append(cells)
   interval = f"{paired.CONFIDENCE:.0%} interval".replace("%", " %")
-  return {"heads": ["", "seeds", *kind.means, "paired difference", interval], "rows": rows}
+  return {"heads": ["", "seeds", *kind.figures, "paired difference", interval], "rows": rows}
 
 
 def _group_name(group: Sequence[Run], groups: Sequence[Sequence[Run]], settings: Mapping[str, dict]) -> str:
@@ -230,17 +221,19 @@ def _mean_and_deviation(values: Sequence[float], source: str, points: float, for
 
 
 def _run_table(runs: Sequence[Run], kind: Kind) -> Table:
-  gaps = ("gap",) if kind is ORDINARY else ()
   rows = []
   for run in runs:
     results = run.results
     cells: list[Any] = [run.name, results.get("method", ""), results["arm"], results["seed"]]
-    cells += [run.of_results(path) for path in kind.each.values()]
-    for _ in gaps:
+    cells += [run.of_results(path) for path in kind.figures.values()]
+    if kind.gap:
       gap = 100 * (results["teacher"]["accuracy"] - results["student"]["last"]["accuracy"])
       cells.append(number(gap, f"{run.name} gap last", ".2f"))
     rows.append([*cells, run.of_results("seconds", ",.0f")])
-  return {"heads": ["run", "method", "arm", "seed", *kind.each, *gaps, "seconds"], "rows": rows}
+  return {
+    "heads": ["run", "method", "arm", "seed", *kind.figures, *(["gap"] if kind.gap else []), "seconds"],
+    "rows": rows,
+  }
 
 
 def _config_table(runs: Sequence[Run]) -> Table:
