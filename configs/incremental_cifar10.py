@@ -11,6 +11,7 @@ from cpsc_jax.configs import cifar10, default
 
 from cpsc_jax import schema
 
+# weights of the student's terms
 ON_PHOTOGRAPHS = {"kd": 4.0, "local": 1.0, "classifier": 1.0, "lwf": 1.0, "old_features": 0.3}
 
 

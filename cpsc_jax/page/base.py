@@ -113,6 +113,12 @@ def points_of(run: Run, path: str) -> list[tuple[float, float]]:
   return points
 
 
+def points_over_classes(run: Run) -> list[tuple[int, float]]:
+  """(classes seen so far, accuracy over them) after each phase of a run of several."""
+  found = run.results["incremental"]
+  return list(zip(np.cumsum(found["sizes"]).tolist(), found["accuracy"], strict=True))
+
+
 def described(curves: Sequence[svg.Curve], unit: str = "epoch {}") -> str:
   """What curves show, in a sentence; `unit` is how a place along them is called."""
   told = []

@@ -5,12 +5,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from cpsc_jax import paired
 from cpsc_jax.page import svg
-from cpsc_jax.page.base import SCORES, Run, Table, described, number, plain, points_of, render, sheet
+from cpsc_jax.page.base import (
+  SCORES,
+  Run,
+  Table,
+  described,
+  number,
+  plain,
+  points_of,
+  points_over_classes,
+  render,
+  sheet,
+)
 
 NO_SETTINGS = (  # keys that change nothing of what a run finds, but for the seed
   "name",
@@ -31,12 +41,10 @@ class Kind:
   Attributes:
     headline: the accuracy by which runs are compared, and what it is called.
     figures: {head: path} of both tables.
-    gap: whether a student is behind a teacher.
   """
 
   headline: tuple[str, str]
   figures: Mapping[str, str]
-  gap: bool
 
 
 ORDINARY = Kind(
@@ -47,7 +55,6 @@ ORDINARY = Kind(
     "best": "student.best.accuracy",
     "agreement": "student.last.agreement",
   },
-  gap=True,
 )
 PHASES = Kind(
   headline=("incremental.average", "average incremental accuracy"),
@@ -57,14 +64,14 @@ PHASES = Kind(
     "at the end": "incremental.accuracy.-1",
     "forgetting": "incremental.forgetting",
   },
-  gap=False,
 )
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
   """One page of several finished runs, all of several phases or none."""
   kind = PHASES if "incremental" in runs[0].results else ORDINARY
-  settings = _settings(runs)
+  configs = _configs(runs)
+  settings = _settings(runs, configs)
   groups = _grouped(runs, settings)
   colours = {run.name: colour for colour, group in enumerate(groups) for run in group}
   dashed = {run.name: i > 0 for group in groups for i, run in enumerate(group)}
@@ -84,7 +91,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     legend=entries,
     grids=[{**shown, "name": run.name} for run in runs if (shown := sheet(run, 6))],
     runs=_run_table(runs, kind),
-    differences=_config_table(runs),
+    differences=_config_table(runs, configs),
   )
 
 
@@ -93,11 +100,7 @@ def _has(runs: Sequence[Run], score: str) -> bool:
 
 
 def _over_classes(runs: Sequence[Run], colours: Mapping[str, int], dashed: Mapping[str, bool]) -> dict:
-  curves = []
-  for run in runs:
-    found = run.results["incremental"]
-    points = list(zip(np.cumsum(found["sizes"]).tolist(), found["accuracy"], strict=True))
-    curves.append(svg.Curve(run.name, points, colours[run.name], dashed[run.name]))
+  curves = [svg.Curve(run.name, points_over_classes(run), colours[run.name], dashed[run.name]) for run in runs]
   return {
     "svg": svg.chart(curves, f"accuracy: {described(curves, '{} classes')}"),
     "caption": "Accuracy over all classes seen so far, by their number.",
@@ -123,10 +126,10 @@ def _configs(runs: Sequence[Run]) -> list[dict[str, Any]]:
   return [defaults | flat for flat in flats]
 
 
-def _settings(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def _settings(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """Each run's config without what equal runs may differ in; of a given teacher, its digest stands for its place."""
   found = {}
-  for run, flat in zip(runs, _configs(runs), strict=True):
+  for run, flat in zip(runs, configs, strict=True):
     found[run.name] = {key: value for key, value in flat.items() if key not in NO_SETTINGS}
     if flat.get("teacher.checkpoint"):
       found[run.name]["teacher.checkpoint"] = run.results["teacher"].get("digest")
@@ -226,21 +229,20 @@ def _run_table(runs: Sequence[Run], kind: Kind) -> Table:
     results = run.results
     cells: list[Any] = [run.name, results.get("method", ""), results["arm"], results["seed"]]
     cells += [run.of_results(path) for path in kind.figures.values()]
-    if kind.gap:
+    if kind is ORDINARY:
       gap = 100 * (results["teacher"]["accuracy"] - results["student"]["last"]["accuracy"])
       cells.append(number(gap, f"{run.name} gap last", ".2f"))
     rows.append([*cells, run.of_results("seconds", ",.0f")])
   return {
-    "heads": ["run", "method", "arm", "seed", *kind.figures, *(["gap"] if kind.gap else []), "seconds"],
+    "heads": ["run", "method", "arm", "seed", *kind.figures, *(["gap"] if kind is ORDINARY else []), "seconds"],
     "rows": rows,
   }
 
 
-def _config_table(runs: Sequence[Run]) -> Table:
-  flats = _configs(runs)
-  keys = sorted({key for flat in flats for key in flat})
-  differing = [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
+def _config_table(runs: Sequence[Run], configs: Sequence[dict[str, Any]]) -> Table:
+  keys = sorted({key for flat in configs for key in flat})
+  differing = [key for key in keys if any(flat.get(key) != configs[0].get(key) for flat in configs)]
   return {
     "heads": ["key", *(run.name for run in runs)],
-    "rows": [[key, *(plain(flat.get(key)) for flat in flats)] for key in differing],
+    "rows": [[key, *(plain(flat.get(key)) for flat in configs)] for key in differing],
   }

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from cpsc_jax.page import svg
-from cpsc_jax.page.base import Run, class_names, plain, render
+from cpsc_jax.page.base import Run, class_names, plain, points_over_classes, render
 from cpsc_jax.page.run import LARGEST_MATRIX, environment
 
 
@@ -37,7 +36,7 @@ def phases_page(run: Run, control_arms: Sequence[Run] = ()) -> str:
     tiles=_tiles(run),
     phases=range(1, len(sizes) + 1),
     rows=rows,
-    curve=_curve(found),
+    curve=_curve(run),
     matrix=_matrix(found["matrix"]),
     links=[f"phase_{number}/report.html" for number in range(2, len(sizes) + 1)],
     command=results.get("command"),
@@ -73,8 +72,8 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
   ]
 
 
-def _curve(found: dict[str, Any]) -> Markup:
-  points = list(zip(np.cumsum(found["sizes"]).tolist(), found["accuracy"], strict=True))
+def _curve(run: Run) -> Markup:
+  points = points_over_classes(run)
   label = f"accuracy goes from {points[0][1]:.4f} to {points[-1][1]:.4f}"
   return svg.chart([svg.Curve("accuracy", points, 0)], label)
 
