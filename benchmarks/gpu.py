@@ -3,9 +3,9 @@
   python -m benchmarks.gpu --out FILE.json [--budget 9m] [--pairs wrn_40_2:wrn_16_2] [--methods cpsc,fast] [--toy]
 
 1. Speed of both pairs against PyTorch with its autocast (benchmarks/speed.py), in bfloat16 at batch 512.
-2. One iteration of three steps of each player, for every method, on the accelerator and on the CPU of the same machine,
-   from the same weights and random numbers: losses and what became of the student, in float32 with exact products, and
-   in bfloat16 against float32.
+2. One iteration of three steps of each player, for every method and for quantisation, on the accelerator and on the CPU
+   of the same machine, from the same weights and random numbers: losses and what became of the student, in float32 with
+   exact products, and in bfloat16 against float32.
 
 FILE is written again after each part, so that a call that is cut short leaves what it measured. Nothing is begun after
 the budget. --pairs= leaves speed out, and --methods= the methods, which may be compared beside other work. --toy is the
@@ -26,13 +26,14 @@ import numpy as np
 
 from benchmarks import speed
 from benchmarks.plan import seconds_of
-from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
+from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets, tasks
 from cpsc_jax.main import parse
 from cpsc_jax.methods import METHODS
 from cpsc_jax.record import write_whole
 
 PAIRS, TOY_PAIRS = "wrn_40_2:wrn_16_2,resnet34:resnet18", "wrn_10_1:wrn_10_1"
 STEPS = 3  # of each player
+QUANTISE = "quantise"  # a task, checked as the methods are
 # The largest relative difference in float32 and in bfloat16 of first losses, before anything has moved; of all losses,
 # where rounding has been through Adam; and of the student's change.
 LIMITS = {"first": (1e-3, 0.05), "all": (0.05, 0.5), "student": (0.05, 0.5)}
@@ -60,9 +61,12 @@ def compare(found: tuple[dict, Any], wanted: tuple[dict, Any]) -> dict[str, floa
 
 def iterate(method: str, batch: int, device: jax.Device, precision: str) -> tuple[dict[str, np.ndarray], Any]:
   """({player: its losses (STEPS,)}, change of the student's parameters) in one iteration on one device."""
-  name = "cifar10" if method == "cpsc" else f"{method}_cifar10"
-  c, _ = parse(["gpu", f"--config={name}:cpu"])
+  name = "cifar10:cpu" if method == "cpsc" else "quantise_cifar10" if method == QUANTISE else f"{method}_cifar10:cpu"
+  c, _ = parse(["gpu", f"--config={name}"])
   with c.unlocked():
+    if method == QUANTISE:  # an iteration that calibrates, and then one that is compared
+      c.generator.warmup_epochs, c.quantise.calibration = 0, 1
+      c.schedule.iterations, c.evaluate.every = 1, 1
     c.precision, c.schedule.batch_size, c.pool.batch_size, c.pool.size = precision, batch, batch, 4 * batch
     c.teacher.net = c.student.net = "wrn_10_1"
     c.student.inherit, c.loss.ikd_form, c.generator.width = False, "mse", 8
@@ -79,14 +83,18 @@ def iterate(method: str, batch: int, device: jax.Device, precision: str) -> tupl
     teacher = nets.init(net, jax.random.key(1), jnp.zeros((2, *spec.image_shape)))
     setup = experiment.build(c, spec, net, card, devices)
     state = initial.state(setup, jax.random.key(0), spec.image_shape)
+    state = tasks.of(c).begin(c, setup, state, spec.image_shape, teacher)
   teacher, state = mesh.replicate(teacher, devices), initial.placed(setup, state)
-  one = algorithm.iteration(
+  iteration = algorithm.iteration(
     setup,
     algorithm.generator_step(setup, teacher),
     algorithm.student_step(setup, teacher),
     algorithm.teach_with(setup, teacher),
   )
-  after, losses = jax.jit(one)(state, None)
+  one = jax.jit(iteration)
+  if method == QUANTISE:
+    state, _ = one(state, None)
+  after, losses = one(state, None)
   losses = {player: np.asarray(losses[player].total) for player in ("generator", "student")}
   return losses, jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), state.student.params, after.student.params)
 
@@ -96,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--budget", default="9m", help="(default: %(default)s)")
   parser.add_argument("--pairs", help=f"of nets whose speed is measured (default: {PAIRS})")
-  parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
+  parser.add_argument("--methods", default=",".join((*METHODS, QUANTISE)), help="(default: %(default)s)")
   parser.add_argument("--toy", action="store_true", help="small nets and batches")
   flags = parser.parse_args(argv)
   until, device = time.monotonic() + seconds_of(flags.budget), jax.devices()[0]

@@ -2,12 +2,16 @@
 
   python -m benchmarks.sweep [--config digits] [--grid 'loss.generator.scl=0.35,1.4'] [--seeds 5] [--rounds 3]
     [--out FILE.json] [--config.KEY=VALUE ...]
+  python -m benchmarks.sweep --program 8 [--config digits] [--rounds 3] [--out FILE.json] [--config.KEY=VALUE ...]
 
 A side is the command `cpsc-jax sweep` in a process of its own, with --together 0 or --together 1, on all cores that it
 may use. A round before the others trains the teachers, which all sides are then given, and fills the cache of
 compiled programs; its times are written down and not counted. `ratio` is the median time together over the median one
 after another, from the beginning of the command to its end. `differences` are those of the two sides' members: the
 largest in accuracy at the last epoch, and in the losses of the first epoch, relative.
+
+--program measures the compiled epoch alone, of so many seeds with one teacher that is not trained, in one process:
+`ms` are milliseconds of a member's iteration. Its rounds alternate too, after one that is not counted.
 """
 
 import argparse
@@ -22,9 +26,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+
 from benchmarks.command import flags_of_runs, report
+from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
 from cpsc_jax.environment import hardware
 from cpsc_jax.errors import Refusal
+from cpsc_jax.main import parse
+from cpsc_jax.sweep.together import Program
 
 SIDES = {"together": 0, "alone": 1}
 
@@ -103,6 +113,54 @@ def measure(flags: Sequence[str], rounds: int, folder: pathlib.Path) -> dict:
   }
 
 
+def measure_program(flags: Sequence[str], number: int, rounds: int) -> dict:
+  """The epoch of `number` seeds as one program against as many calls of that of one; what the benchmark reports."""
+  given, _ = parse(["benchmarks.sweep", *flags])
+  spec = datasets.find(given.dataset.name, given.dataset.data_dir).spec
+
+  def build(devices: jax.sharding.Mesh) -> tuple[config.Config, experiment.Setup]:
+    c = config.resolve(given, spec, devices)
+    card = {"net": c.teacher.net, "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
+    return c, experiment.build(c, spec, experiment.build_teacher(c, card), card, devices)
+
+  (_, several), (c, one) = build(mesh.members_mesh()), build(mesh.make_mesh())
+  teacher = nets.init(one.teacher, jax.random.key(0), jnp.zeros((2, *spec.image_shape)))
+  states = [initial.state(one, jax.random.key(seed), spec.image_shape) for seed in range(number)]
+  iterations = c.schedule.iterations
+  began = time.monotonic()
+  state, epoch = Program(several, iterations, states, [teacher]).loaded()
+  compiling = {"together": time.monotonic() - began}
+  began = time.monotonic()
+  alone = jax.jit(algorithm.epoch(one, iterations), donate_argnums=0).lower(states[0], teacher).compile()
+  compiling["alone"] = time.monotonic() - began
+
+  def epoch_together() -> None:
+    nonlocal state
+    state, losses = jax.block_until_ready(epoch(state))
+
+  def epochs_alone() -> None:
+    nonlocal states
+    states = jax.block_until_ready([alone(each, teacher)[0] for each in states])
+
+  sides = {"together": epoch_together, "alone": epochs_alone}
+  ms: dict[str, list[float]] = {side: [] for side in sides}
+  for counted in range(-1, rounds):
+    for side, epoch_of in sorted(sides.items(), reverse=bool(counted % 2)):
+      began = time.monotonic()
+      epoch_of()
+      if counted >= 0:
+        ms[side].append(1000 * (time.monotonic() - began) / number / iterations)
+  medians = {side: statistics.median(values) for side, values in ms.items()}
+  return {
+    "flags": list(flags),
+    "members": number,
+    "ms": ms,
+    "compiling": compiling,
+    "ratio": medians["together"] / medians["alone"],
+    "hardware": hardware(),
+  }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0], allow_abbrev=False
@@ -111,13 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--grid", default="loss.generator.scl=0.35,1.4", help="(default: %(default)s)")
   parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
   parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+  parser.add_argument("--program", type=int, metavar="N", help="N members of the compiled program alone")
   parser.add_argument("--out", type=pathlib.Path, help="a file for the numbers")
   options, rest = parser.parse_known_args(argv)
   try:
     rest = flags_of_runs(rest)
-    flags = [f"--config={options.config}", f"--grid={options.grid}", f"--seeds={options.seeds}", *rest]
-    with tempfile.TemporaryDirectory() as folder:
-      row = measure(flags, options.rounds, pathlib.Path(folder))
+    if options.program:
+      row = measure_program([f"--config={options.config}", *rest], options.program, options.rounds)
+    else:
+      flags = [f"--config={options.config}", f"--grid={options.grid}", f"--seeds={options.seeds}", *rest]
+      with tempfile.TemporaryDirectory() as folder:
+        row = measure(flags, options.rounds, pathlib.Path(folder))
   except Refusal as refusal:
     print(f"benchmarks.sweep: {refusal}", file=sys.stderr)
     return 2
