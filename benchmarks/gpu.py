@@ -127,8 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = differences(method, 8 if flags.toy else 64)
     for number, (precision, values) in enumerate(found.items()):
       for name, value in values.items():
-        if not value < LIMITS[name][number]:
-          about["wrong"].append(f"{method} in {precision}: {name} {value:.3g}, expected below {LIMITS[name][number]}")
+        moved = method == QUANTISE and name == "first"  # by the iteration that calibrates
+        limit = LIMITS["all" if moved else name][number]
+        if not value < limit:
+          about["wrong"].append(f"{method} in {precision}: {name} {value:.3g}, expected below {limit}")
     return found
 
   usual = TOY_PAIRS if flags.toy else PAIRS

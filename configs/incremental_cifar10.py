@@ -1,7 +1,8 @@
 """cpsc-jax --config incremental_cifar10
 
 Data-free class-incremental learning on CIFAR-10: a ResNet-32 learns two classes at a time. Of the classes of earlier
-phases it sees samples that CPSC's generator draws from the network before. Accuracy of this code: not measured.
+phases it sees samples that CPSC's generator draws from the network before. Accuracy of this code at this size:
+not measured.
 
 `--config incremental_cifar10:cpu` is a WRN-16-1, cut to two CPU cores, with settings of its own; docs/results.md has
 its accuracies. The controls: --config.arm=no_rehearsal, lwf, real_rehearsal, joint, untrained_generator.
