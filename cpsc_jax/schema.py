@@ -473,7 +473,13 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     "quantise.calibration": Key(
       1, "epochs after these in which the ranges of activations follow the samples and nothing else moves", COUNT
     ),
-    "quantise.momentum": Key(0.9, "of the mean of the batches' maxima; it counts the first batches fully", SHARE),
+    "quantise.ranges": Key(
+      "max",
+      'where the ranges of activations end: "max", at the mean of the batches\' maxima, as published; "mse", at that of'
+      " the ends with which the batches lose least by squared error",
+      ("max", "mse"),
+    ),
+    "quantise.momentum": Key(0.9, "of the mean over batches; it counts the first batches fully", SHARE),
   },
   "incremental": {
     "incremental.phases": Key(5, "in how many phases the classes come", Range(2, 2**10)),

@@ -185,6 +185,24 @@ def test_ranges_follow_the_first_batches_and_stay():
     assert float(stats["batch_stats"]["ReLU_0"]["high"]) == pytest.approx(found[0], rel=1e-5), "not inflated"
 
 
+def test_ranges_of_least_error_are_those_of_a_search_by_hand():
+  """Over the whole batch here, which is small; what is far from the others is cut off."""
+  net, variables, x = net_and_variables()
+  some = nets.quantise(net, (16, 16, 3), 32, 3, calibration=1, ranges="mse")
+  begun = with_ranges(some, variables, (16, 16, 3))
+  x = x.at[0, :4, :4].mul(20.0)
+  stats = jax.jit(lambda v, x: nets.forward(some, v, x, train=True)[1])(begun, x)
+  seen = net.apply(variables, x, train=False, capture_intermediates=True)[1]["intermediates"]["ReLU_0"]["__call__"][0]
+  seen = np.asarray(seen, np.float64)
+  highs = seen.max() * np.arange(1, 33) / 32
+  steps = highs / 7
+  errors = [np.mean((np.clip(np.round(seen / step), 0, 7) * step - seen) ** 2) for step in steps]
+  high = float(stats["ReLU_0"]["high"])
+  assert high == pytest.approx(highs[np.argmin(errors)], rel=1e-5) and high < 0.7 * seen.max()
+  again = jax.jit(lambda v, x: nets.forward(some, v, x, train=True)[1])({**begun, "batch_stats": stats}, 3 * x)
+  assert float(again["ReLU_0"]["high"]) == high, "calibrated"
+
+
 def test_ranges_without_data_are_what_batch_norms_promise():
   net, variables, x = net_and_variables()
   some = nets.quantise(net, (16, 16, 3), 8, 8)

@@ -6,6 +6,7 @@ Needs --config.teacher.checkpoint=DIR, the converted ResNet-20 of docs/teachers.
 from benchmarks.plan import Row
 
 PAIR = "CIFAR-10, ResNet-20 at few bits"
+LEAST_ERROR = "quantise.ranges=mse"
 
 
 def row(bits: int, *flags: str, seeds: tuple[int, ...] = (0,), name: str = "") -> Row:
@@ -21,6 +22,7 @@ ROWS = (
   row(4, "arm=gaussian_noise", name=", Gaussian noise"),
   row(4, "arm=untrained_generator", name=", untrained generator"),
   row(3),
+  *(row(bits, LEAST_ERROR, name=", ranges of least error") for bits in (4, 3)),
 )
 PUBLISHED = (
   ("GDFQ, W4A4 (Xu et al., ECCV 2020)", "0.9011", "0.9389"),

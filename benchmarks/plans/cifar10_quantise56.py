@@ -5,7 +5,7 @@ bits is. Needs --config.teacher.checkpoint=DIR, the converted ResNet-56 of docs/
 --config.dataset.data_dir=DIR.
 """
 
-from benchmarks.plans.cifar10_quantise import row
+from benchmarks.plans.cifar10_quantise import LEAST_ERROR, row
 
 PAIR = "CIFAR-10, ResNet-56 at few bits"
 EXACT = "precision=float32"
@@ -17,4 +17,5 @@ ROWS = (
   row(3, EXACT),
   row(4, SHORT, name=", 10 epochs"),
   row(8, SHORT, name=", 10 epochs"),
+  *(row(bits, SHORT, LEAST_ERROR, name=", 10 epochs, ranges of least error") for bits in (4, 5, 3)),
 )

@@ -2,8 +2,9 @@
 
 The quantiser is that of ZeroQ and GDFQ (Xu et al., ECCV 2020, arXiv 2003.03603), which most work on data-free
 quantisation shares: weights by each output channel's current minimum and maximum, activations per tensor and only after
-each ReLU, from 0 to a maximum that is tracked while calibrating and then fixed. Images, pooled features and biases stay
-float.
+each ReLU, from 0 to an end that is tracked while calibrating and then fixed. There it is the maximum; another choice is
+the end with the least squared error (OMSE, Choukroun et al., ICCV workshops 2019). Images, pooled features and biases
+stay float.
 Rounding is to the nearest level, halves to even, as in ONNX; gradients pass straight through, also outside the range.
 
 Own code: of qwix 0.1.8, the library for this, QtProvider and PtqProvider fail with 4 bits on CPUs, OdmlQatProvider has
@@ -26,6 +27,8 @@ from cpsc_jax.state import Output, Tree, at_least_float32
 
 FLOAT = 32  # as many bits: not quantised
 LAYERS = (nn.Conv, nn.Dense)
+SHARES = 32  # of the maximum that are tried as the end of a range
+SAMPLED = 2**17  # activations of a batch on which they are, about
 DEVIATIONS = 6.0  # of what leaves a batch norm, from its shift to the end of a range without data (DFQ, ICCV 2019)
 
 
@@ -68,6 +71,22 @@ def weight_grid(kernel: jax.Array, bits: int, symmetric: bool = False) -> tuple[
   return grid(low, high, bits, symmetric)
 
 
+def least_error(x: jax.Array, bits: int) -> jax.Array:
+  """The end () of the range of activations x (N, ...), none below 0, whose levels have the least mean squared error.
+
+  Tried are SHARES equal shares of the maximum, on every so many images.
+  """
+  x = stop_gradient(at_least_float32(x))
+  highs = jnp.max(x) * jnp.arange(1, SHARES + 1) / SHARES
+  x = x[:: max(1, x.size // SAMPLED)]
+
+  def error(high: jax.Array) -> jax.Array:
+    steps = grid(jnp.zeros_like(high), high, bits)
+    return jnp.mean(jnp.square(fake_quantised(x, *steps, jnp.float32(2**bits - 1)) - x))
+
+  return highs[jnp.argmin(jax.lax.map(error, highs))]
+
+
 class Quantised(nn.Module):
   """A classifier at few bits, (N, H, W, K) -> `Output`; its parameters are the classifier's own.
 
@@ -83,6 +102,7 @@ class Quantised(nn.Module):
     layers: how many convolutions and linear layers a call goes through.
     calibration: batches that move the ranges.
     momentum: of the mean over these batches, which is exact from the first on.
+    ranges: a batch's end of a range is its maximum, "max", or what `least_error` finds, "mse".
   """
 
   wrapped_module: nn.Module  # this name is taken: no layer of the module may have it
@@ -94,6 +114,7 @@ class Quantised(nn.Module):
   layers: int
   calibration: int = 0
   momentum: float = 0.9
+  ranges: str = "max"
 
   def setup(self):
     nn.share_scope(self, self.wrapped_module)
@@ -126,7 +147,10 @@ class Quantised(nn.Module):
     if train and module.is_mutable_collection("batch_stats"):
       moves = seen.value < self.calibration
       share = (1 - self.momentum) / (1 - self.momentum ** (seen.value + 1.0))
-      found = stop_gradient(at_least_float32(jnp.max(x)))
+      if self.ranges == "mse":
+        found = jax.lax.cond(moves, lambda: least_error(x, self.activations), lambda: high.value)
+      else:
+        found = stop_gradient(at_least_float32(jnp.max(x)))
       high.value = jnp.where(moves, high.value + share * (found - high.value), high.value)
       seen.value = seen.value + moves
     steps = grid(jnp.zeros_like(high.value), high.value, self.activations)
@@ -148,6 +172,7 @@ def quantise(
   symmetric: bool = False,
   calibration: int = 0,
   momentum: float = 0.9,
+  ranges: str = "max",
 ) -> Quantised:
   """`Quantised` of a classifier for images (H, W, K); `first` and `last` 0 are as `weights`. Nothing is computed.
 
@@ -178,7 +203,7 @@ def quantise(
       " config.quantise.activations to 32."
     )
   ends = first or weights, last or weights
-  return Quantised(net, weights, activations, *ends, symmetric, len(called), calibration, momentum)
+  return Quantised(net, weights, activations, *ends, symmetric, len(called), calibration, momentum, ranges)
 
 
 def call_order(

@@ -66,7 +66,7 @@ def options(config: Config) -> dict[str, Any]:
 
 def student(config: Config, net: Any, image_shape: tuple[int, int, int]) -> nets.Quantised:
   batches = config.quantise.calibration * config.schedule.iterations * config.student.steps
-  calibration = {"calibration": batches, "momentum": config.quantise.momentum}
+  calibration = {"calibration": batches, "momentum": config.quantise.momentum, "ranges": config.quantise.ranges}
   return nets.quantise(net, image_shape, **options(config), **calibration)
 
 
