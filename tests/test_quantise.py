@@ -524,6 +524,29 @@ def test_pytorch_has_the_levels_and_their_scales(name, bits, tmp_path):
   assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("own", [0.0, 0.06])
+def test_a_file_may_differ_by_what_round_off_does_to_the_net(own, monkeypatch, tmp_path):
+  """A level that a rounding error moves is no fault of the file; more than that is."""
+  net, variables, _ = net_and_variables("cifar_resnet8", 8, 1)
+  some = nets.quantise(net, (8, 8, 1), 2, 2)
+  now = with_ranges(some, variables, (8, 8, 1))
+  card = {"net": "cifar_resnet8", "num_classes": 10, "image_size": 8, "channels": 1, "mean": [0.5], "std": [0.25]}
+  given = saved.SavedNet(some, now, card | {"digest": "", "quantised": some.card})
+  write, found = export.FORMATS["safetensors"].write, iter([0.1, 0.13])
+  differs = export.FORMATS["safetensors"]._replace(write=lambda *args: write(*args) + next(found))
+  monkeypatch.setitem(export.FORMATS, "safetensors", differs)
+  measured = export.own_difference(given)
+  assert 0 <= measured < 1 and export.own_difference(given) == measured
+  monkeypatch.setattr(export, "own_difference", lambda _: own)
+  for difference, name in ((0.1, "a"), (0.13, "b")):
+    if difference <= max(export.QUANTISED_TOLERANCE, 2 * own):
+      assert export.export_net(given, "safetensors", tmp_path / name) == difference
+    else:
+      with pytest.raises(Refusal, match=f"differs from the net by {difference:.1e} of its largest output"):
+        export.export_net(given, "safetensors", tmp_path / name)
+  assert sorted(path.name for path in tmp_path.iterdir()) == (["a"] if own else [])
+
+
 @pytest.mark.parametrize(("weights", "activations", "symmetric"), [(8, 8, True), (4, 4, False)])
 def test_onnx_of_few_bits_and_folded_norms(weights, activations, symmetric, tmp_path):
   """onnxruntime runs convolutions on integers where it can; the values are the net's, whatever the norms' signs."""
