@@ -111,16 +111,17 @@ def test_activations_are_rounded_to_even_and_cut_off():
   np.testing.assert_allclose(ours, by_numpy(x, 0, 2.5, 5), rtol=0, atol=1e-12)
 
 
-def test_the_gradient_passes_straight_through():
-  """1 for what is quantised, also outside the range; none for the range."""
-  x, weights = jnp.linspace(-2.0, 5.0, 12), jnp.arange(12.0)
+@pytest.mark.parametrize("rounded", [quantiser.fake_quantised, quantiser.cut])
+def test_the_gradient_passes_straight_through(rounded):
+  """1 for what is quantised, also outside the range unless it is cut; none for the range."""
+  x, weights = jnp.linspace(-2.0, 5.0, 12), jnp.arange(1.0, 13.0)
 
   def value(x, high):
     scale, zero = quantiser.grid(jnp.float32(0), high, 3)
-    return jnp.sum(weights * quantiser.fake_quantised(x, scale, zero, jnp.float32(7)))
+    return jnp.sum(weights * rounded(x, scale, zero, jnp.float32(7)))
 
   of_x, of_range = jax.jit(jax.grad(value, (0, 1)))(x, jnp.float32(2))
-  assert np.array_equal(of_x, weights) and of_range == 0
+  assert np.array_equal(of_x, weights * ((x <= 2) | (rounded is quantiser.fake_quantised))) and of_range == 0
   kernel = jnp.asarray(RNG.normal(size=(3, 4)))
   assert np.array_equal(jax.grad(lambda k: quantiser.quantised_weights(k, 2).sum())(kernel), np.ones((3, 4)))
 
@@ -201,6 +202,15 @@ def test_ranges_of_least_error_are_those_of_a_search_by_hand():
   assert high == pytest.approx(highs[np.argmin(errors)], rel=1e-5) and high < 0.7 * seen.max()
   again = jax.jit(lambda v, x: nets.forward(some, v, x, train=True)[1])({**begun, "batch_stats": stats}, 3 * x)
   assert float(again["ReLU_0"]["high"]) == high, "calibrated"
+  gradient = jax.jit(
+    jax.grad(lambda x: nets.forward(some, {**begun, "batch_stats": stats}, x, train=False)[0].logits.sum())
+  )
+  usual = jax.jit(
+    jax.grad(
+      lambda x: nets.forward(some.clone(ranges="max"), {**begun, "batch_stats": stats}, x, train=False)[0].logits.sum()
+    )
+  )
+  assert not np.allclose(gradient(x), usual(x)), "it stops where activations are cut off"
 
 
 def test_ranges_without_data_are_what_batch_norms_promise():

@@ -5,7 +5,9 @@ quantisation shares: weights by each output channel's current minimum and maximu
 each ReLU, from 0 to an end that is tracked while calibrating and then fixed. There it is the maximum; another choice is
 the end with the least squared error (OMSE, Choukroun et al., ICCV workshops 2019). Images, pooled features and biases
 stay float.
-Rounding is to the nearest level, halves to even, as in ONNX; gradients pass straight through, also outside the range.
+Rounding is to the nearest level, halves to even, as in ONNX; gradients pass straight through, also outside the range,
+unless much lies there: with ends of least error they stop at it, as in PACT (Choi et al., 2018), since what is beyond
+would be pushed further and further by gradients that no change of it answers.
 
 Own code: of qwix 0.1.8, the library for this, QtProvider and PtqProvider fail with 4 bits on CPUs, OdmlQatProvider has
 no asymmetric 3 bits, and all quantise what goes into operators in place of what comes out of ReLUs.
@@ -43,20 +45,27 @@ def grid(low: jax.Array, high: jax.Array, bits: int, symmetric: bool = False) ->
   return scale, -jnp.round(low / scale)
 
 
-@jax.jit
-@jax.custom_jvp
-def fake_quantised(x: jax.Array, scale: jax.Array, zero: jax.Array, highest: jax.Array) -> jax.Array:
-  """x (..., K) rounded to levels 0 to `highest` of a `grid`, () or (K,), as numbers; the gradient is that of x itself.
+def _rounding(cuts: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+  """`fake_quantised`, whose gradient is 0, if it `cuts`, where x is beyond the last level."""
 
-  The ONNX writer knows this function by its name.
-  """
-  level = jnp.clip(jnp.round(at_least_float32(x) / scale) + zero, 0, highest)
-  return ((level - zero) * scale).astype(x.dtype)
+  def fake_quantised(x: jax.Array, scale: jax.Array, zero: jax.Array, highest: jax.Array) -> jax.Array:
+    level = jnp.clip(jnp.round(at_least_float32(x) / scale) + zero, 0, highest)
+    return ((level - zero) * scale).astype(x.dtype)
+
+  rounded = jax.custom_jvp(fake_quantised)
+
+  @rounded.defjvp
+  def _straight_through(primals, tangents):
+    x, scale, zero, highest = primals
+    inside = at_least_float32(x) <= (highest - zero) * scale
+    return rounded(*primals), jnp.where(inside, tangents[0], 0) if cuts else tangents[0]
+
+  return jax.jit(rounded)
 
 
-@fake_quantised.__wrapped__.defjvp
-def _straight_through(primals, tangents):
-  return fake_quantised(*primals), tangents[0]
+# (x (..., K), scale, zero, highest) -> x rounded to levels 0 to `highest` of a `grid`, () or (K,), as numbers; the
+# gradient is that of x itself. The ONNX writer knows this function by its name, and `cut` by the same.
+fake_quantised, cut = _rounding(cuts=False), _rounding(cuts=True)
 
 
 def quantised_weights(kernel: jax.Array, bits: int, symmetric: bool = False) -> jax.Array:
@@ -154,7 +163,8 @@ class Quantised(nn.Module):
       high.value = jnp.where(moves, high.value + share * (found - high.value), high.value)
       seen.value = seen.value + moves
     steps = grid(jnp.zeros_like(high.value), high.value, self.activations)
-    return fake_quantised(x, *steps, jnp.float32(2**self.activations - 1))
+    rounded = cut if self.ranges == "mse" else fake_quantised
+    return rounded(x, *steps, jnp.float32(2**self.activations - 1))
 
   @property
   def card(self) -> dict[str, Any]:
