@@ -5,8 +5,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from cpsc_jax import config, datasets, experiment
 from cpsc_jax.errors import Refusal
 from cpsc_jax.record import write_whole
+from cpsc_jax.setup import Setup
 
 
 def flags_of_runs(rest: Sequence[str]) -> list[str]:
@@ -26,3 +30,10 @@ def report(found: dict[str, Any], out: pathlib.Path | None) -> None:
   print(text)
   if out:
     write_whole(out, (text + "\n").encode())
+
+
+def built(given: config.Config, spec: datasets.Dataset, devices: jax.sharding.Mesh) -> tuple[config.Config, Setup]:
+  """A config resolved on these devices, and what a run would build of it; the teacher is that of the config's name."""
+  c = config.resolve(given, spec, devices)
+  card = {"net": c.teacher.net, "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
+  return c, experiment.build(c, spec, experiment.build_teacher(c, card), card, devices)

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import speed
+from benchmarks.command import built
 from benchmarks.plan import seconds_of
-from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets, tasks
+from cpsc_jax import algorithm, datasets, initial, mesh, nets, tasks
 from cpsc_jax.main import parse
 from cpsc_jax.methods import METHODS
 from cpsc_jax.record import write_whole
@@ -76,12 +77,9 @@ def iterate(method: str, batch: int, device: jax.Device, precision: str) -> tupl
     if "episodes" in c:
       c.episodes.warmup = 0
   spec, devices = datasets.DATASETS["cifar10"], mesh.make_mesh([device])
-  c = config.resolve(c, spec, devices)
-  card = {"net": c.teacher.net, "num_classes": 10, "mean": spec.mean, "std": spec.std}
   with jax.default_device(jax.devices("cpu")[0]):
-    net = experiment.build_teacher(c, card)
-    teacher = nets.init(net, jax.random.key(1), jnp.zeros((2, *spec.image_shape)))
-    setup = experiment.build(c, spec, net, card, devices)
+    c, setup = built(c, spec, devices)
+    teacher = nets.init(setup.teacher, jax.random.key(1), jnp.zeros((2, *spec.image_shape)))
     state = initial.state(setup, jax.random.key(0), spec.image_shape)
     state = tasks.of(c).begin(c, setup, state, spec.image_shape, teacher)
   teacher, state = mesh.replicate(teacher, devices), initial.placed(setup, state)

@@ -31,7 +31,8 @@ import torch
 from cpsc_jax.configs import cifar10
 from torch.nn import functional as F
 
-from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
+from benchmarks.command import built
+from cpsc_jax import algorithm, config, datasets, initial, mesh, nets
 from cpsc_jax.environment import cpu_model
 from cpsc_jax.interop import convert
 from cpsc_jax.nets import onednn
@@ -149,9 +150,7 @@ def build_ours(
     c.generator.label_limit, c.precision = 0, precision
   spec, devices = datasets.DATASETS["cifar10"], mesh.make_mesh()
   spec = dataclasses.replace(spec, image_size=image_size, num_classes=num_classes)
-  c = config.resolve(c, spec, devices)
-  card = {"net": teacher, "num_classes": num_classes, "mean": spec.mean, "std": spec.std}
-  return c, experiment.build(c, spec, experiment.build_teacher(c, card), card, devices), spec
+  return *built(c, spec, devices), spec
 
 
 def build(teacher: str, student: str, batch: int, precision: str) -> tuple[Setup, Torch, Any, Any]:

@@ -29,8 +29,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from benchmarks.command import flags_of_runs, report
-from cpsc_jax import algorithm, config, datasets, experiment, initial, mesh, nets
+from benchmarks.command import built, flags_of_runs, report
+from cpsc_jax import algorithm, datasets, initial, mesh, nets
 from cpsc_jax.environment import hardware
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import parse
@@ -118,12 +118,7 @@ def measure_program(flags: Sequence[str], number: int, rounds: int) -> dict:
   given, _ = parse(["benchmarks.sweep", *flags])
   spec = datasets.find(given.dataset.name, given.dataset.data_dir).spec
 
-  def build(devices: jax.sharding.Mesh) -> tuple[config.Config, experiment.Setup]:
-    c = config.resolve(given, spec, devices)
-    card = {"net": c.teacher.net, "num_classes": spec.num_classes, "mean": spec.mean, "std": spec.std}
-    return c, experiment.build(c, spec, experiment.build_teacher(c, card), card, devices)
-
-  (_, several), (c, one) = build(mesh.members_mesh()), build(mesh.make_mesh())
+  (_, several), (c, one) = (built(given, spec, devices) for devices in (mesh.members_mesh(), mesh.make_mesh()))
   teacher = nets.init(one.teacher, jax.random.key(0), jnp.zeros((2, *spec.image_shape)))
   states = [initial.state(one, jax.random.key(seed), spec.image_shape) for seed in range(number)]
   iterations = c.schedule.iterations

@@ -476,7 +476,7 @@ KEYS_OF_TASK: dict[str, dict[str, Key]] = {
     "quantise.ranges": Key(
       "max",
       'where the ranges of activations end: "max", at the mean of the batches\' maxima, as published; "mse", at that of'
-      " the ends with which the batches lose least by squared error",
+      " the ends with which the batches lose least by squared error, where gradients stop, too",
       ("max", "mse"),
     ),
     "quantise.momentum": Key(0.9, "of the mean over batches; it counts the first batches fully", SHARE),

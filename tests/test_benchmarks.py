@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -25,10 +26,11 @@ def test_speed_measures_two_sides_that_compute_the_same():
 @pytest.mark.slow
 def test_the_first_call_on_a_gpu_goes_through_on_a_cpu(tmp_path):
   gpu = pytest.importorskip("benchmarks.gpu")
-  assert gpu.main([f"--out={tmp_path / 'gpu.json'}", "--toy", "--methods=dafl"]) == 0
+  assert gpu.main([f"--out={tmp_path / 'gpu.json'}", "--toy", "--methods=dafl,quantise"]) == 0
   found = json.loads((tmp_path / "gpu.json").read_text())
   assert found["wrong"] == [] and found["speed wrn_10_1"]["precision"] == "bfloat16"
   assert set(found["differences dafl"]["float32"].values()) == {0.0}, "here the device is the CPU itself"
+  assert set(found["differences quantise"]["float32"].values()) == {0.0}
   assert 0 < found["differences dafl"]["bfloat16"]["first"] < 0.05
   assert gpu.main([f"--out={tmp_path / 'none.json'}", "--toy", "--methods=nobody"]) == 1
   assert json.loads((tmp_path / "none.json").read_text())["wrong"] == ["differences nobody"]
@@ -48,6 +50,16 @@ def test_the_sides_of_a_sweep_are_timed_and_compared(digits_dir, tmp_path, capsy
   assert sweep.main([*flags, "--config.student.rl=1"]) == 2 and sweep.main([*flags, "--speed"]) == 2
   said = capsys.readouterr().err
   assert "a sweep failed with 2: cpsc_jax: the config has no key 'student.rl'" in said and "--speed is not an" in said
+
+
+@pytest.mark.slow
+def test_the_program_of_members_is_timed_alone(digits_dir, tmp_path):
+  sweep = pytest.importorskip("benchmarks.sweep")
+  flags = ["--config=digits:smoke", "--program=2", "--rounds=2", f"--config.dataset.data_dir={digits_dir}"]
+  assert sweep.main([*flags, f"--out={tmp_path / 'out.json'}"]) == 0
+  row = json.loads((tmp_path / "out.json").read_text())
+  assert row["members"] == 2 and {side: len(ms) for side, ms in row["ms"].items()} == {"together": 2, "alone": 2}
+  assert row["ratio"] == pytest.approx(np.median(row["ms"]["together"]) / np.median(row["ms"]["alone"]))
 
 
 def test_the_differences_of_sweeps_are_those_of_their_members(tmp_path):
