@@ -227,7 +227,8 @@ def own_difference(net: saved.SavedNet) -> float:
   """The largest difference of the JAX net from itself where biases, scales and shifts move by ROUND_OFF, as a fraction
   of the largest output. That shakes what is rounded to levels, and not the levels of the weights. Of eight draws.
   """
-  arrays, call, random = _inputs(net), jax.jit(signature(net)[2]), np.random.default_rng(0)
+  inputs, _, call = signature(net)
+  arrays, call, random = _random(net, inputs), jax.jit(call), np.random.default_rng(0)
   ours, found = np.asarray(call(net.variables, *arrays)), []
   for _ in range(8):
 
@@ -239,12 +240,12 @@ def own_difference(net: saved.SavedNet) -> float:
   return float(np.max(found) / np.max(np.abs(ours)))
 
 
-def _inputs(net: saved.SavedNet) -> list[np.ndarray]:
-  """Random inputs of the largest of BATCHES, the same in every call."""
+def _random(net: saved.SavedNet, inputs: dict[str, tuple]) -> list[np.ndarray]:
+  """A batch of these inputs, as large as the largest of BATCHES, and the same in every call."""
   random, size, classes = np.random.default_rng(0), max(BATCHES), net.card["num_classes"]
   return [
     random.standard_normal((size, *shape), dtype) if shape else random.integers(classes, size=size, dtype=dtype)
-    for shape, dtype in signature(net)[0].values()
+    for shape, dtype in inputs.values()
   ]
 
 
@@ -252,8 +253,9 @@ def largest_difference(
   net: saved.SavedNet, run: Callable[..., Any], after: Callable[[Any], np.ndarray] = np.asarray
 ) -> float:
   """Largest |run(*inputs) - after(net(*inputs))| over batches of sizes BATCHES, divided by the largest |after(...)|."""
-  arrays = _inputs(net)
-  ours = after(jax.jit(signature(net)[2])(net.variables, *arrays))
+  inputs, _, call = signature(net)
+  arrays = _random(net, inputs)
+  ours = after(jax.jit(call)(net.variables, *arrays))
   theirs = [np.asarray(run(*(a[:n] for a in arrays))) for n in BATCHES]
   if any(t.shape != ours[:n].shape for n, t in zip(BATCHES, theirs, strict=True)):
     return float("inf")
