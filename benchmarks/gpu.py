@@ -62,7 +62,7 @@ def compare(found: tuple[dict, Any], wanted: tuple[dict, Any]) -> dict[str, floa
 
 def iterate(method: str, batch: int, device: jax.Device, precision: str) -> tuple[dict[str, np.ndarray], Any]:
   """({player: its losses (STEPS,)}, change of the student's parameters) in one iteration on one device."""
-  name = "cifar10:cpu" if method == "cpsc" else "quantise_cifar10" if method == QUANTISE else f"{method}_cifar10:cpu"
+  name = {"cpsc": "cifar10:cpu", QUANTISE: "quantise_cifar10"}.get(method, f"{method}_cifar10:cpu")
   c, _ = parse(["gpu", f"--config={name}"])
   with c.unlocked():
     if method == QUANTISE:  # an iteration that calibrates, and then one that is compared

@@ -117,7 +117,6 @@ def measure_program(flags: Sequence[str], number: int, rounds: int) -> dict:
   """The epoch of `number` seeds as one program against as many calls of that of one; what the benchmark reports."""
   given, _ = parse(["benchmarks.sweep", *flags])
   spec = datasets.find(given.dataset.name, given.dataset.data_dir).spec
-
   (_, several), (c, one) = (built(given, spec, devices) for devices in (mesh.members_mesh(), mesh.make_mesh()))
   teacher = nets.init(one.teacher, jax.random.key(0), jnp.zeros((2, *spec.image_shape)))
   states = [initial.state(one, jax.random.key(seed), spec.image_shape) for seed in range(number)]
@@ -131,7 +130,7 @@ def measure_program(flags: Sequence[str], number: int, rounds: int) -> dict:
 
   def epoch_together() -> None:
     nonlocal state
-    state, losses = jax.block_until_ready(epoch(state))
+    state, _ = jax.block_until_ready(epoch(state))
 
   def epochs_alone() -> None:
     nonlocal states
@@ -169,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options, rest = parser.parse_known_args(argv)
   try:
     rest = flags_of_runs(rest)
+    if options.program is not None and options.program < 1:
+      raise Refusal(f"--program is {options.program}; it must be at least 1.")
     if options.program:
       row = measure_program([f"--config={options.config}", *rest], options.program, options.rounds)
     else:

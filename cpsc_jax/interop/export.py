@@ -25,9 +25,7 @@ from cpsc_jax.interop import convert, torch_nets, torch_quantised
 from cpsc_jax.progress import say
 
 TOLERANCE = 1e-4  # of the largest output
-QUANTISED_TOLERANCE = (
-  0.05  # where round-off decides between two levels; deep nets at few bits differ more from themselves
-)
+QUANTISED_TOLERANCE = 0.05  # where round-off decides between two levels; `own_difference` may allow more
 ROUND_OFF = 1e-6  # relative, of a float32 sum over a thousand terms
 BATCHES = (1, 2, 7)
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -224,18 +222,20 @@ def weights_differ(net: saved.SavedNet, written: dict[str, np.ndarray], read: di
 
 
 def own_difference(net: saved.SavedNet) -> float:
-  """The largest difference of the JAX net from itself where biases, scales and shifts move by ROUND_OFF, as a fraction
-  of the largest output. That shakes what is rounded to levels, and not the levels of the weights. Of eight draws.
+  """The largest change of the JAX net's outputs when biases, scales and shifts are perturbed by ROUND_OFF.
+
+  That perturbs what is rounded to levels, but not the levels of the weights. It is the largest of eight draws, as a
+  fraction of the largest output.
   """
   inputs, _, call = signature(net)
   arrays, call, random = _random(net, inputs), jax.jit(call), np.random.default_rng(0)
   ours, found = np.asarray(call(net.variables, *arrays)), []
+
+  def perturbed(leaf: jax.Array) -> jax.Array:
+    return leaf * (1 + ROUND_OFF * random.standard_normal(leaf.shape)).astype(leaf.dtype) if leaf.ndim == 1 else leaf
+
   for _ in range(8):
-
-    def moved(leaf: jax.Array) -> jax.Array:
-      return leaf * (1 + ROUND_OFF * random.standard_normal(leaf.shape)).astype(leaf.dtype) if leaf.ndim == 1 else leaf
-
-    theirs = call({**net.variables, "params": jax.tree.map(moved, net.variables["params"])}, *arrays)
+    theirs = call({**net.variables, "params": jax.tree.map(perturbed, net.variables["params"])}, *arrays)
     found.append(np.max(np.abs(np.asarray(theirs) - ours)))
   return float(np.max(found) / np.max(np.abs(ours)))
 

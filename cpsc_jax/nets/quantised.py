@@ -6,8 +6,8 @@ each ReLU, from 0 to an end that is tracked while calibrating and then fixed. Th
 the end with the least squared error (OMSE, Choukroun et al., ICCV workshops 2019). Images, pooled features and biases
 stay float.
 Rounding is to the nearest level, halves to even, as in ONNX; gradients pass straight through, also outside the range,
-unless much lies there: with ends of least error they stop at it, as in PACT (Choi et al., 2018), since what is beyond
-would be pushed further and further by gradients that no change of it answers.
+except with ends of least error, where they stop at it, as in PACT (Choi et al., 2018): much lies beyond these, and
+training diverged when gradients kept pushing it.
 
 Own code: of qwix 0.1.8, the library for this, QtProvider and PtqProvider fail with 4 bits on CPUs, OdmlQatProvider has
 no asymmetric 3 bits, and all quantise what goes into operators in place of what comes out of ReLUs.
@@ -49,6 +49,10 @@ def _rounding(cuts: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Arra
   """`fake_quantised`, whose gradient is 0, if it `cuts`, where x is beyond the last level."""
 
   def fake_quantised(x: jax.Array, scale: jax.Array, zero: jax.Array, highest: jax.Array) -> jax.Array:
+    """x (..., K) rounded to levels 0 to `highest` of a `grid`, () or (K,), as numbers.
+
+    The ONNX writer knows this function by its name.
+    """
     level = jnp.clip(jnp.round(at_least_float32(x) / scale) + zero, 0, highest)
     return ((level - zero) * scale).astype(x.dtype)
 
@@ -63,8 +67,7 @@ def _rounding(cuts: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Arra
   return jax.jit(rounded)
 
 
-# (x (..., K), scale, zero, highest) -> x rounded to levels 0 to `highest` of a `grid`, () or (K,), as numbers; the
-# gradient is that of x itself. The ONNX writer knows this function by its name, and `cut` by the same.
+# The gradient of the first is that of x itself, everywhere; that of the second is 0 beyond the last level.
 fake_quantised, cut = _rounding(cuts=False), _rounding(cuts=True)
 
 
