@@ -37,6 +37,7 @@ from cpsc_jax.main import parse
 from cpsc_jax.sweep.together import Program
 
 SIDES = {"together": 0, "alone": 1}
+GRID, SEEDS = "loss.generator.scl=0.35,1.4", 5
 
 
 def timed(workdir: pathlib.Path, most: int, flags: Sequence[str], teachers: pathlib.Path | None) -> float:
@@ -160,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0], allow_abbrev=False
   )
   parser.add_argument("--config", default="digits", help="(default: %(default)s)")
-  parser.add_argument("--grid", default="loss.generator.scl=0.35,1.4", help="(default: %(default)s)")
-  parser.add_argument("--seeds", type=int, default=5, help="(default: %(default)s)")
+  parser.add_argument("--grid", help=f"(default: {GRID})")
+  parser.add_argument("--seeds", type=int, help=f"(default: {SEEDS})")
   parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
   parser.add_argument("--program", type=int, metavar="N", help="N members of the compiled program alone")
   parser.add_argument("--out", type=pathlib.Path, help="a file for the numbers")
@@ -170,10 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = flags_of_runs(rest)
     if options.program is not None and options.program < 1:
       raise Refusal(f"--program is {options.program}; it must be at least 1.")
+    if options.program and (options.grid is not None or options.seeds is not None):
+      raise Refusal("--program N measures N seeds of the config alone; leave --grid and --seeds out.")
     if options.program:
       row = measure_program([f"--config={options.config}", *rest], options.program, options.rounds)
     else:
-      flags = [f"--config={options.config}", f"--grid={options.grid}", f"--seeds={options.seeds}", *rest]
+      grid, seeds = (GRID if options.grid is None else options.grid, SEEDS if options.seeds is None else options.seeds)
+      flags = [f"--config={options.config}", f"--grid={grid}", f"--seeds={seeds}", *rest]
       with tempfile.TemporaryDirectory() as folder:
         row = measure(flags, options.rounds, pathlib.Path(folder))
   except Refusal as refusal:

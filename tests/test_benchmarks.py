@@ -62,6 +62,19 @@ def test_the_program_of_members_is_timed_alone(digits_dir, tmp_path):
   assert row["ratio"] == pytest.approx(np.median(row["ms"]["together"]) / np.median(row["ms"]["alone"]))
 
 
+@pytest.mark.parametrize(
+  "flags, says",
+  [
+    (["--program=0"], "--program is 0; it must be at least 1"),
+    (["--program=2", "--grid=student.lr=0.2"], "leave --grid and --seeds out"),
+    (["--program=2", "--seeds=0"], "leave --grid and --seeds out"),
+  ],
+)
+def test_a_sweep_refuses_what_it_would_not_measure(flags, says, capsys):
+  sweep = pytest.importorskip("benchmarks.sweep")
+  assert sweep.main(flags) == 2 and says in capsys.readouterr().err
+
+
 def test_the_differences_of_sweeps_are_those_of_their_members(tmp_path):
   sweep = pytest.importorskip("benchmarks.sweep")
   from cpsc_jax.errors import Refusal

@@ -18,5 +18,5 @@ ROWS = (
   row(4, SHORT, name=", 10 epochs"),
   row(8, SHORT, name=", 10 epochs"),
   *(row(bits, SHORT, LEAST_ERROR, name=", 10 epochs, ranges of least error") for bits in (4, 5, 3)),
-  row(4, LEAST_ERROR, name=", ranges of least error"),
+  *(row(bits, LEAST_ERROR, name=", ranges of least error") for bits in (4, 5)),
 )
