@@ -318,7 +318,7 @@ def draw_curves(plan: Plan, found: Mapping[str, list[dict]], path: pathlib.Path)
     panel.errorbar(list(points), means, deviations, fmt="o-", mfc="white", capsize=3, lw=1.2)
     for value, mean in zip(points, means, strict=True):
       if plan.curves[title][value] == plan.base:
-        panel.plot([value], [mean], "o", color=panel.lines[0].get_color())
+        panel.plot([value], [mean], "o", color=panel.lines[0].get_color(), zorder=3)  # above the white one
     panel.set(xlabel=title)
     panel.grid(alpha=0.3)
   panels[0].set(ylabel="accuracy")

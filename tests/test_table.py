@@ -180,6 +180,8 @@ def test_curves_are_drawn_of_finished_rows(tmp_path, monkeypatch):
   assert (a.get_xlabel(), b.get_xlabel()) == ("weight of a", "weight of b")
   line, _, (bars,) = a.containers[0]
   assert line.get_xydata().tolist() == [[0.0, 0.2], [1.0, pytest.approx(0.85)], [2.0, 0.5]]
+  (base,) = (each for each in a.lines if each.get_xydata().tolist() == [[1.0, pytest.approx(0.85)]])
+  assert base.get_markerfacecolor() != line.get_markerfacecolor() == "white" and base.zorder > line.zorder, "it is seen"
   low, high = bars.get_segments()[1][:, 1]
   assert (high - low) / 2 == pytest.approx(0.1 / 2**0.5)
   assert b.containers[0][0].get_xydata().tolist() == [[1.0, pytest.approx(0.85)]]
