@@ -4,11 +4,12 @@
     [--out FILE.json] [--config.KEY=VALUE ...]
   python -m benchmarks.sweep --program 8 [--config digits] [--rounds 3] [--out FILE.json] [--config.KEY=VALUE ...]
 
-A side is the command `cpsc-jax sweep` in a process of its own, with --together 0 or --together 1, on all cores that it
-may use. A round before the others trains the teachers, which all sides are then given, and fills the cache of
-compiled programs; its times are written down and not counted. `ratio` is the median time together over the median one
-after another, from the beginning of the command to its end. `differences` are those of the two sides' members: the
-largest in accuracy at the last epoch, and in the losses of the first epoch, relative.
+Two sides are the command `cpsc-jax sweep` in a process of its own, with --together 0 and --together 1; the third,
+`commands`, is an ordinary run for each member, as one would start them without sweeps. All use all cores that they may.
+A round before the others trains the teachers, which all sides are then given, and fills the cache of compiled programs;
+its times are written down and not counted. `ratios` are the median time together over those of the other two, from the
+beginning of the first command to the end of the last. `differences` are those between the members of the two sweeps:
+the largest in accuracy at the last epoch, and in the losses of the first epoch, relative.
 
 --program measures the compiled epoch alone, of so many seeds with one teacher that is not trained, in one process:
 `ms` are milliseconds of a member's iteration. Its rounds alternate too, after one that is not counted.
@@ -18,13 +19,14 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +38,12 @@ from cpsc_jax.errors import Refusal
 from cpsc_jax.main import parse
 from cpsc_jax.sweep.together import Program
 
-SIDES = {"together": 0, "alone": 1}
+SWEEPS = {"together": 0, "alone": 1}  # {side: --together}
+SIDES = (*SWEEPS, "commands")
 GRID, SEEDS = "loss.generator.scl=0.35,1.4", 5
 
 
-def timed(workdir: pathlib.Path, most: int, flags: Sequence[str], teachers: pathlib.Path | None) -> float:
+def sweep(workdir: pathlib.Path, most: int, flags: Sequence[str], teachers: pathlib.Path | None) -> float:
   """Seconds of one sweep, with at most `most` members in a program (0: any number); `teachers` are those it is given.
 
   Raises:
@@ -48,11 +51,31 @@ def timed(workdir: pathlib.Path, most: int, flags: Sequence[str], teachers: path
   """
   if teachers:
     shutil.copytree(teachers, workdir / "teachers")
-  command = [sys.executable, "-m", "cpsc_jax.sweep", *flags, f"--workdir={workdir}", f"--together={most}"]
+  return timed("cpsc_jax.sweep", [*flags, f"--workdir={workdir}", f"--together={most}"], "a sweep")
+
+
+def commands(workdir: pathlib.Path, of_members: Mapping[str, Sequence[str]]) -> float:
+  """Seconds of ordinary runs one after another, {member: the flags of its command}.
+
+  Raises:
+    Refusal: a run failed; its last line is quoted.
+  """
+  return sum(
+    timed("cpsc_jax.main", [*flags, f"--workdir={workdir / name}"], f"the run of {name}")
+    for name, flags in of_members.items()
+  )
+
+
+def timed(module: str, flags: Sequence[str], what: str) -> float:
+  """Seconds of one command.
+
+  Raises:
+    Refusal: it failed; its last line is quoted.
+  """
   began = time.monotonic()
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  done = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True, check=False)
   if done.returncode:
-    raise Refusal(f"a sweep failed with {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+    raise Refusal(f"{what} failed with {done.returncode}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
   return time.monotonic() - began
 
 
@@ -89,26 +112,34 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> dict[str, float]:
 
 def measure(flags: Sequence[str], rounds: int, folder: pathlib.Path) -> dict:
   """Carries out all rounds in `folder`; returns what the benchmark reports."""
-  first = {side: folder / "first" / side for side in SIDES}
-  cold = {"together": timed(first["together"], SIDES["together"], flags, None)}
-  teachers = first["together"] / "teachers"
+  first = folder / "first"
+  cold = {"together": sweep(first / "together", SWEEPS["together"], flags, None)}
+  teachers = first / "together" / "teachers"
   teachers = teachers if teachers.exists() else None
-  cold["alone"] = timed(first["alone"], SIDES["alone"], flags, teachers)
+  found = members(first / "together")
+  of_members = {name: shlex.split(results["command"])[1:] for name, (results, _) in found.items()}
+
+  def seconds_of(side: str, workdir: pathlib.Path) -> float:
+    if side in SWEEPS:
+      return sweep(workdir, SWEEPS[side], flags, teachers)
+    return commands(workdir, of_members)
+
+  for side in SIDES[1:]:
+    cold[side] = seconds_of(side, first / side)
   seconds: dict[str, list[float]] = {side: [] for side in SIDES}
   for number in range(rounds):
-    for side, most in sorted(SIDES.items(), reverse=bool(number % 2)):
-      seconds[side].append(timed(folder / str(number) / side, most, flags, teachers))
+    for side in SIDES[:: -1 if number % 2 else 1]:
+      seconds[side].append(seconds_of(side, folder / str(number) / side))
       print(f"round {number + 1}, {side}: {seconds[side][-1]:.1f} s", flush=True)
   medians = {side: statistics.median(values) for side, values in seconds.items()}
-  found = members(first["together"])
   return {
     "flags": list(flags),
     "members": len(found),
     "together": sorted({results.get("together", 1) for results, _ in found.values()}),
     "seconds": seconds,
     "first": cold,
-    "ratio": medians["together"] / medians["alone"],
-    "differences": differences(first["together"], first["alone"]),
+    "ratios": {side: medians["together"] / medians[side] for side in SIDES[1:]},
+    "differences": differences(*(first / side for side in SWEEPS)),
     "cores": len(os.sched_getaffinity(0)),
     "hardware": hardware(),
   }
@@ -169,8 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   options, rest = parser.parse_known_args(argv)
   try:
     rest = flags_of_runs(rest)
-    if options.program is not None and options.program < 1:
-      raise Refusal(f"--program is {options.program}; it must be at least 1.")
+    for name in ("program", "rounds"):
+      if (number := getattr(options, name)) is not None and number < 1:
+        raise Refusal(f"--{name} is {number}; it must be at least 1.")
     if options.program and (options.grid is not None or options.seeds is not None):
       raise Refusal("--program N measures N seeds of the config alone; leave --grid and --seeds out.")
     if options.program:

@@ -45,7 +45,11 @@ def test_the_sides_of_a_sweep_are_timed_and_compared(digits_dir, tmp_path, capsy
   flags = ["--config=digits:smoke", "--grid=student.lr=0.2", "--seeds=1", "--rounds=1"]
   assert sweep.main([*flags, f"--config.dataset.data_dir={digits_dir}", f"--out={tmp_path / 'out.json'}"]) == 0
   row = json.loads((tmp_path / "out.json").read_text())
-  assert row["members"] == 2 and row["together"] == [2] and row["ratio"] > 0
+  assert row["members"] == 2 and row["together"] == [2]
+  assert all(
+    row["ratios"][side] == pytest.approx(row["seconds"]["together"][0] / row["seconds"][side][0])
+    for side in ("alone", "commands")
+  )
   assert row["differences"]["losses of the first epoch"] < 1e-3
   assert sweep.main([*flags, "--config.student.rl=1"]) == 2 and sweep.main([*flags, "--speed"]) == 2
   said = capsys.readouterr().err
@@ -66,6 +70,7 @@ def test_the_program_of_members_is_timed_alone(digits_dir, tmp_path):
   "flags, says",
   [
     (["--program=0"], "--program is 0; it must be at least 1"),
+    (["--rounds=0"], "--rounds is 0; it must be at least 1"),
     (["--program=2", "--grid=student.lr=0.2"], "leave --grid and --seeds out"),
     (["--program=2", "--seeds=0"], "leave --grid and --seeds out"),
   ],
