@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ from cpsc_jax.stop import GRACE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 UNITS = {"s": 1, "m": 60, "h": 3600}
+PLACES = ("--config.dataset.data_dir=", "--config.teacher.checkpoint=")  # of one machine, and no part of what was run
 PR_SET_PDEATHSIG = 1  # of Linux, as sched_setaffinity is
 
 
@@ -141,6 +143,8 @@ def carry_out(
   workdir = folder(out, plan, row, seed).absolute()
   given = row.given(seed)
   about = {"command": row.command(seed), "commit": commit()}
+  if more := [flag for flag in flags if not flag.startswith(PLACES)]:
+    about["flags"] = more
   origin = workdir.with_suffix(".origin.json")
   if origin.exists() and (known := json.loads(origin.read_text())["command"]) != about["command"]:
     raise Refusal(f"{workdir} was begun as '{known}', not as '{about['command']}'; delete it or rename the row.")
@@ -205,6 +209,9 @@ def seconds_of(text: str) -> float:
   """Seconds of "90s", "30m" or "2h"."""
   number, unit = text[:-1], text[-1:]
   try:
-    return float(number) * UNITS[unit]
+    seconds = float(number) * UNITS[unit]
+    if math.isfinite(seconds):
+      return seconds
   except (KeyError, ValueError):
-    raise Refusal(f"--budget is '{text}'; expected a number and s, m or h, such as 2h.") from None
+    pass
+  raise Refusal(f"--budget is '{text}'; expected a number and s, m or h, such as 2h.")

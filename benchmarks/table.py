@@ -10,6 +10,8 @@ begun after that time, and what is under way is stopped then and resumed by the 
 to. Flags after the options are given to every run, such as the folder of a teacher. With --jobs N that many runs are
 under way at a time, each on its own share of the cores.
 
+A run that fails does not keep others from being carried out; the command then ends with the first failure's reason.
+
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
 of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
 shows accuracy against time and against images, all rows in one picture. A plan with CURVES has PLAN_curves.png as well,
@@ -18,6 +20,7 @@ what the .json file has of the same command stays; delete it there, or run it ag
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import fcntl
@@ -64,11 +67,18 @@ def finished(out: pathlib.Path, plan: Plan, recorded: Mapping[str, list[dict]] |
   """{row: [what is kept of a finished run, with its command, commit and curve, ...]}, of the plan's seeds alone.
 
   `recorded` is what this returned of the plan before: it stands in for runs of the same command that are not in `out`.
+  Rows that differ in their teachers alone have the same commands, and are told apart by their names.
   """
-  elsewhere = {run["command"]: run for runs in (recorded or {}).values() for run in runs}
+  of_row = {(name, run["command"]): run for name, runs in (recorded or {}).items() for run in runs}
+  of_command = {command: run for (_, command), run in of_row.items()}
+  times = collections.Counter(row.command(seed) for row in plan.rows for seed in row.seeds)
+
+  def elsewhere(row: Row, command: str) -> dict | None:
+    return of_row.get((row.name, command)) or (of_command.get(command) if times[command] == 1 else None)
+
   found = {}
   for row in plan.rows:
-    runs = [kept(folder(out, plan, row, seed)) or elsewhere.get(row.command(seed)) for seed in row.seeds]
+    runs = [kept(folder(out, plan, row, seed)) or elsewhere(row, row.command(seed)) for seed in row.seeds]
     found[row.name] = [run for run in runs if run]
   return found
 
@@ -203,7 +213,7 @@ def write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str,
   """OUT/PLAN.md and OUT/PLAN.json, and the same into FILE and its .json; returns what they were written from.
 
   Raises:
-    Refusal: FILE lacks the marks.
+    Refusal: FILE lacks the marks, or its .json cannot be read.
   """
   out.mkdir(parents=True, exist_ok=True)
   with _alone_in(out, *([into.parent] if into else [])):
@@ -223,7 +233,10 @@ def _alone_in(*folders: pathlib.Path) -> Iterator[None]:
 
 def _write(out: pathlib.Path, plan: Plan, into: pathlib.Path | None) -> dict[str, list[dict]]:
   numbers = into.with_suffix(".json") if into else None
-  known = json.loads(numbers.read_text()) if numbers and numbers.exists() else {}
+  try:
+    known = json.loads(numbers.read_text()) if numbers and numbers.exists() else {}
+  except ValueError as error:
+    raise Refusal(f"{numbers} cannot be read ({error}); restore it.") from error
   found = finished(out, plan, known.get(plan.name))
   text = table(plan, found)
   write_whole(out / f"{plan.name}.md", (text + "\n").encode())
@@ -258,7 +271,7 @@ def curve(workdir: pathlib.Path, results: Mapping) -> dict[str, list[float]]:
   config = schema.defaults()  # an old record lacks newer keys: it was run with their defaults
   config.update(results["config"])
   resting = tasks.waiting_epochs(config)
-  each = results["samples"]["student"] / (len(history) - resting)
+  each = results["samples"]["student"] / max(len(history) - resting, 1)  # of a student that only rests, 0
   epochs = [entry["epoch"] for entry in measured]
   return {
     "minutes": [round(seconds[epoch] / 60, 3) for epoch in epochs],
@@ -354,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   options, flags = parser.parse_known_args(argv)
   try:
     flags = flags_of_runs(flags)
+    if options.jobs < 1:
+      raise Refusal(f"--jobs is {options.jobs}; it must be at least 1.")
     until = time.monotonic() + (plans.seconds_of(options.budget) if options.budget else 10**9)
     plan = plans.read(options.plan)
     names = options.only or [row.name for row in plan.rows]
@@ -385,12 +400,21 @@ def work(
     finally:
       cores.put(share)
 
+  failures = []
   for taught in (False, True):
     tasks = [(row, seed) for row in rows for seed in row.seeds if bool(row.teacher) == taught]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-      for future in [pool.submit(one, *task) for task in tasks]:
-        future.result()
-        found = write(options.out, plan, options.into)
+      for future in concurrent.futures.as_completed([pool.submit(one, *task) for task in tasks]):
+        if (failure := future.exception()) is None:
+          found = write(options.out, plan, options.into)
+        elif isinstance(failure, Refusal):
+          failures.append(failure)
+          print(f"benchmarks.table: {failure}", file=sys.stderr, flush=True)
+        else:
+          raise failure
+  if failures:
+    more = f" {len(failures) - 1} more failed." if len(failures) > 1 else ""
+    raise Refusal(f"{failures[0]}{more}")
   return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from cpsc_jax import config as configs
 from cpsc_jax import datasets, evaluate, nets, record, saved, teach
+from cpsc_jax.datasets.data import is_held_out
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh, primary_first, replicate, replicated
 from cpsc_jax.progress import say
@@ -50,6 +51,7 @@ def run(
     return record.Finished(results)
   primary_first(whole.require)
   ends = np.cumsum(sizes).tolist()
+  _check_measurable(whole, order, ends, c.evaluate.split)
   with record.claimed(workdir, c):
     views = [datasets.Classes(whole, order, end - new, end) for new, end in zip(sizes, ends, strict=True)]
     first = _first_network(c, views[0], workdir)
@@ -67,6 +69,19 @@ def run(
       say(_line(number, sizes, rows))
     results = _results(c, whole, order, sizes, rows, first, outcomes, command)
     return record.finish_phases(workdir, results, net)
+
+
+def _check_measurable(data: datasets.Data, order: Sequence[int], ends: Sequence[int], split: str) -> None:
+  """Raises a Refusal if a phase has no image to be measured on: a rare class may have none in the validation part."""
+  classes = data.labels("train")[is_held_out(data.spec)] if split == "validation" else data.labels(data.spec.test_split)
+  labels = np.argsort(order)[classes]
+  counts = np.histogram(labels, [0, *ends])[0]
+  if not counts.all():
+    number = int(np.argmin(counts)) + 1
+    raise Refusal(
+      f"the classes of phase {number} have no image in the {split} part of '{data.name}', on which"
+      " config.evaluate.split has every phase measured; choose another split, fewer phases or another order."
+    )
 
 
 def phase_config(c: configs.Config, number: int, known: int, seen: int, teacher: str) -> ml_collections.ConfigDict:
@@ -138,6 +153,7 @@ def _results(c, data, order, sizes, rows, first, outcomes, command) -> dict[str,
     "teacher": first.card.get("seconds", 0.0) if not c.teacher.checkpoint else 0.0,
     "student": sum(outcome["seconds_by_part"]["student"] for outcome in outcomes),
   }
+  trained = first.card.get("environments", []) if not c.teacher.checkpoint else []
   samples = {player: sum(outcome["samples"][player] for outcome in outcomes) for player in ("generator", "student")}
   last = {name: value for name, value in last.items() if name != "warnings"}
   return {
@@ -155,7 +171,7 @@ def _results(c, data, order, sizes, rows, first, outcomes, command) -> dict[str,
     "samples": samples,
     "seconds_by_part": seconds,
     "seconds": sum(outcome["seconds"] for outcome in outcomes) + seconds["teacher"],
-    "environments": _each_once(env for outcome in outcomes for env in outcome["environments"]),
+    "environments": _each_once([*trained, *(env for outcome in outcomes for env in outcome["environments"])]),
   }
 
 

@@ -144,7 +144,7 @@ def begun(
   accuracy, student = measures.teacher_accuracy, measures.student(state)
   results = record.begun(c, data, teacher, accuracy, student, len(test), measures.long_tail(), command)
   before = {name: float(score) for name, score in measures(state).items()} if tasks.of(c).report else {}
-  with record.journal(workdir, results, setup, data.spec.num_classes, pages) as journal:
+  with record.journal(workdir, results, setup, teacher.card["num_classes"], pages) as journal:
     plan = Plan(
       title=c.arm,
       epoch=epoch,

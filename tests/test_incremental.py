@@ -12,7 +12,20 @@ from conftest import REPOSITORY, command, made_once
 from cpsc_jax.configs import incremental_cifar10, incremental_cifar100, incremental_digits
 from test_configs import right, wrong
 
-from cpsc_jax import algorithm, config, datasets, experiment, losses, mesh, nets, optim, phases, schema, streams
+from cpsc_jax import (
+  algorithm,
+  checkpoint,
+  config,
+  datasets,
+  experiment,
+  losses,
+  mesh,
+  nets,
+  optim,
+  phases,
+  schema,
+  streams,
+)
 from cpsc_jax import run as runs
 from cpsc_jax.errors import Refusal
 from cpsc_jax.main import main
@@ -69,6 +82,10 @@ def test_an_order_is_given_or_shuffled_by_a_seed():
     ),
     ({"incremental__rests": True}, "rests is True, but generator.warmup_epochs is 0: the"),
     ({"incremental__refine": 1}, "refine needs config.loss.student.refine, whose weight is 0"),
+    (
+      {"loss__student__refine": 0.5},
+      "loss.student.refine is 0.5, but config.incremental.refine is 0, so that there is",
+    ),
     ({"incremental__batch_size": 0}, "config.incremental.batch_size is 0; it must be at least 1"),
   ],
 )
@@ -456,6 +473,24 @@ def test_then_optimisers_follow_each_other():
   assert moves == [pytest.approx((-0.1, -0.1)), pytest.approx((-0.19, -0.19)), pytest.approx((0.0, -1.0))]
 
 
+class Rare(Watched):
+  """Has of one class a single training image."""
+
+  def labels(self, split):
+    found = np.asarray(super().labels(split))
+    rare = np.flatnonzero(found == 9)[1:]
+    return np.where(np.isin(np.arange(len(found)), rare), 8, found) if split == "train" else found
+
+
+def test_a_phase_without_an_image_to_be_measured_on_is_refused(digits_dir, tmp_path):
+  c = settings(incremental__phases=10, evaluate__split="validation")
+  held = datasets.data.is_held_out(DIGITS)
+  assert 9 not in np.asarray(Rare(digits_dir).labels("train"))[held]
+  with pytest.raises(Refusal, match="the classes of phase 10 have no image in the validation part of 'digits'"):
+    phases.run(c, tmp_path / "w", data=Rare(digits_dir))
+  assert not (tmp_path / "w").exists()
+
+
 # A run and its files.
 
 
@@ -534,7 +569,13 @@ def test_a_phase_that_was_interrupted_goes_on_bit_identically(finished_phases, d
     phases.run(c, again, data=Watched(digits_dir))
   assert list((again / "phase_3" / "checkpoints").glob("1")) and not (again / "phase_3" / "results.json").exists()
   monkeypatch.undo()
-  phases.run(c, again, data=Watched(digits_dir))
+  card = json.loads((again / "teacher" / "net.json").read_text())
+  elsewhere = [{"platform": "elsewhere"}]
+  (again / "teacher" / "net.json").write_text(json.dumps(checkpoint.sealed(card | {"environments": elsewhere})))
+  results = phases.run(c, again, data=Watched(digits_dir)).results
+  assert results["environments"][:1] == elsewhere and len(results["environments"]) == 2, (
+    "where the first net was trained"
+  )
   ours, theirs = (phases.saved.load(folder / "student") for folder in (again, workdir))
   assert same(ours.variables, theirs.variables)
 
@@ -544,6 +585,7 @@ def test_the_page_says_what_results_say(finished_phases):
   text, found = (workdir / "report.html").read_text(), json.loads((workdir / "results.json").read_text())["incremental"]
   for number in (found["average"], found["forgetting"], *found["accuracy"], *sum(found["matrix"], [])):
     assert f'<data value="{number!r}"' in text
+  assert "1 / 2: -<" in text and "2 / 1: 0." in text, "a phase says nothing of classes to come"
   assert 'href="phase_3/report.html"' in text and (workdir / "phases.png").stat().st_size > 1000
 
 

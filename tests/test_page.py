@@ -405,6 +405,17 @@ def test_charts_of_any_values(values):
   assert 1 <= drawn.count('class="grid"') <= 8
 
 
+def test_the_page_does_without_a_diagnosis_whose_file_is_gone(tmp_path):
+  """Arrays are those of the last file that there is, and single numbers those of the history, which has them all."""
+  folder = write_run(tmp_path / "run")
+  (folder / "diagnostics" / "000010.npz").unlink()
+  check_numbers(page_of(folder), {"run": folder}, at_least=100)
+  text = (folder / "report.html").read_text()
+  assert "What looks wrong after epoch 5" in text and "After epoch 10; curves are over epochs" in text
+  (folder / "diagnostics" / "000005.npz").unlink()
+  assert "After epoch 10; curves are over epochs" in page_of(folder)
+
+
 def test_heatmaps_show_their_numbers():
   drawn = svg.heatmap([[0.25, 0.75], [float("nan"), -1.0]], ["a", "b"], "a label", signed=True)
   assert "a / b: 0.75" in drawn and "b / b: -1.00" in drawn and "b / a: -<" in drawn

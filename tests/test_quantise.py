@@ -276,9 +276,11 @@ def start(c):
 
 
 @pytest.mark.slow
-def test_the_phases_and_exact_resume(tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_phases_and_exact_resume(micro_batches, tmp_path):
   """The generator alone, then ranges alone, then all but ranges; one program; the teacher stays as it is."""
-  c = resolved(generator__warmup_epochs=1, quantise__calibration=1, schedule__epochs=4)
+  each = {"schedule__epochs": 4, "student__micro_batches": micro_batches}
+  c = resolved(generator__warmup_epochs=1, quantise__calibration=1, **each)
   setup, teacher, state = start(c)
   kept, begun = jax.device_get((teacher, state))
   assert equal(begun.student.params, kept["params"]), "the student starts as its teacher"
@@ -302,6 +304,8 @@ def test_the_phases_and_exact_resume(tmp_path):
   ranges = {path: leaf for path, leaf in flatten_dict(after[2].student.batch_stats).items() if path[-1] != "seen"}
   before = flatten_dict(after[1].student.batch_stats)
   assert all(np.array_equal(leaf, before[path]) for path, leaf in ranges.items()), "ranges and batch norms stay"
+  seen = {int(leaf) for path, leaf in before.items() if path[-1] == "seen"}
+  assert seen == {c.schedule.iterations * c.student.steps * micro_batches}, "every batch of the epoch counts"
   _, _, like = start(c)
   restored = checkpoint.Checkpointer(tmp_path).restore({"state": like})[0]["state"]
   again, _ = epoch(restored, teacher)
@@ -392,6 +396,7 @@ def test_what_a_key_must_not_be_is_refused(name):
     ({"quantise__calibration": 3}, "are 3 epochs together, more than config.schedule.epochs, 2"),
     ({"schedule__epochs": 9, "evaluate__every": 2}, "make that a multiple of config.evaluate.every, 2"),
     ({"reference": True}, "leave it False for task 'quantise'"),
+    ({"generator__student_mode": "train"}, "student_mode is 'train', with which the generator's steps would move"),
     ({"task": "prune"}, "config.task is 'prune'; it must be one of distil, quantise, incremental"),
   ],
 )

@@ -117,6 +117,8 @@ def test_drawn_points(config):
   assert rates.min() >= 0.001 and rates.max() <= 1
   assert abs(np.mean(rates < 0.0316) - 0.5) < 0.12, "half of them below the geometric mean"
   assert {point.changes.get("student.steps", 1) for point in points} == {1, 2, 3, 4, 5}
+  narrow = grid.parse("student.momentum=even(0.99991..0.99999)", config)[0].values
+  assert {narrow.draw(np.random.default_rng(seed)) for seed in range(99)} <= {0.99991, 0.9999, 0.99999}
   few = grid.drawn([grid.parse("generator.conditional=true,false", config)], config, 10, np.random.default_rng(0))
   assert [point.name for point in few] == [BASE, "conditional=False"]
 
@@ -198,6 +200,7 @@ def test_rungs_and_their_cost():
     search.planned("halving", 1, 1, 27)
   with pytest.raises(Refusal, match="the 2 points that --search random needs .* give 6 or more"):
     search.planned("random", 3, 3, 20)
+  assert search.planned("random", 10**9, 1, 20) == [Rung(grid.MOST_POINTS, 20)]
 
 
 def test_checks_come_before_any_work(config, tmp_path):
@@ -322,6 +325,54 @@ def test_a_search_ranks_points_that_have_all_of_their_seeds(tmp_path):
   found.append(made_up(tmp_path, "a", {}, 1, None))
   together.fail(found[-1], NonFiniteLoss("not finite"))
   assert [point.name for point in work._ranked(found)] == ["b", BASE]
+
+
+def test_a_teacher_that_diverges_ends_its_own_members_alone(config, tmp_path, monkeypatch, capsys):
+  of = work.checked(work.Sweep(config, (), tmp_path, ("teacher.lr=9", f"{SCL}=2"), 2, most=1))
+  each, alone = work.members(of, of.points), []
+
+  def teach(of, member):
+    if member.seed == 0 and "teacher.lr" in member.point.changes:
+      raise NonFiniteLoss("teacher: the loss is not finite.")
+    (member.teacher / "teacher").mkdir(parents=True)
+    (member.teacher / "teacher" / work.CARD).touch()
+
+  monkeypatch.setattr(work, "_teach", teach)
+  monkeypatch.setattr(work, "_alone", lambda member, data: alone.append(member.name))
+  list(work.trained(of, each))
+  (failed,) = (member for member in each if member.failure)
+  assert failed.name == "lr=9-0" and failed.failure == "teacher: the loss is not finite."
+  assert set(alone) == {member.name for member in each} - {failed.name}
+  assert "The sweep goes on." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("kind", "failed", "words"), [("grid", 1, ""), ("grid", 2, "none of"), ("random", 1, "no point")]
+)
+def test_a_grid_ends_without_a_point_that_has_all_seeds_and_a_search_does_not(
+  kind, failed, words, config, tmp_path, monkeypatch
+):
+  of = work.checked(work.Sweep(config, (), tmp_path / "sweep", (f"{SCL}=2",), 2, kind, 4 * (kind == "random")))
+  names = [point.name for point in of.points]
+  found = [made_up(tmp_path, name, {}, seed, 0.9 if seed >= failed else None) for name in names for seed in (0, 1)]
+  for member in found:
+    if member.seed < failed:
+      together.fail(member, NonFiniteLoss("not finite"))
+  monkeypatch.setattr(work, "members", lambda *_: found)
+  monkeypatch.setattr(datasets.Data, "require", lambda _: None)
+  if words:
+    with pytest.raises(Refusal, match=words):
+      work.carry_out(of)
+  else:
+    assert "0.9000" in work.carry_out(of)
+
+
+def test_a_dry_run_counts_the_iterations_of_each_point(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(together, "rehearsed", lambda *_: together.Rehearsal(1, 1.0, 1.0, 0.0))
+  grids = ("schedule.iterations=7", "schedule.epochs=5")
+  text = work.plan_text(work.checked(work.Sweep(config, (), tmp_path / "sweep", grids, 1)))
+  for name, seconds in (("base", 4), ("iterations=7", 14), ("epochs=5", 10)):
+    assert f"1 to do in {seconds} s: {name}-0" in text
 
 
 # Whole sweeps.

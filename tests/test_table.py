@@ -252,6 +252,16 @@ def test_what_was_measured_elsewhere_stays(tmp_path, plan):
   assert table.finished(tmp_path / "none", plans.read(plan), there["small"]) == {"one": [], "two, other": []}
 
 
+def test_rows_that_differ_in_their_teachers_alone_keep_what_was_measured_of_each(tmp_path):
+  rows = (Row("one", "digits"), Row("two", "digits:smoke"), Row("a", "digits", seeds=(0,), teacher="two"))
+  p, command = plans.Plan("p", "a pair", rows), rows[0].command(0)
+  recorded = {name: [{"command": command, "of": name}] for name in ("one", "a")}
+  assert table.finished(tmp_path, p, recorded) == {**recorded, "two": []}
+  assert table.finished(tmp_path, p, {"one": recorded["one"]}) == {"one": recorded["one"], "two": [], "a": []}
+  renamed = plans.Plan("p", "a pair", (Row("new", "digits"),))
+  assert table.finished(tmp_path, renamed, {"one": recorded["one"]}) == {"new": recorded["one"]}
+
+
 def test_cores_are_divided_among_the_jobs():
   for jobs in (1, 2, 64):
     shares = plans.shares(jobs)
@@ -292,7 +302,11 @@ def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
   assert [run["seed"] for run in numbers["small"]["one"]] == [0, 1]
   assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG") and (out / "small.png").exists()
   other = numbers["small"]["two, other"][0]
-  assert other["commit"] == "abc" and other["command"].endswith("--config.seed=0 --config.student.lr=0.2")
+  assert (
+    "flags" not in other
+    and other["commit"] == "abc"
+    and other["command"].endswith("--config.seed=0 --config.student.lr=0.2")
+  )
   first = (out / "small" / "two_other-0" / "calls").read_text()
   assert "--config.dataset.data_dir=D" in first and "--config.student.lr=0.2" in first
   assert table.main(argv) == 0 and calls(out, "one-0") == calls(out, "two_other-0") == 1, "nothing is run twice"
@@ -305,6 +319,25 @@ def test_a_plan_is_carried_out_once(tmp_path, plan, capsys):
   assert table.main(argv) == 0
   plan.write_text(PLAN.replace("0.2", "0.3"))
   assert table.main(argv) == 2 and "was begun as" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_does_not_keep_others_from_being_written(tmp_path, plan, capsys):
+  into = tmp_path / "page.md"
+  into.write_text("<!-- table small --><!-- /table small -->")
+  plan.write_text(PLAN.replace('"digits:smoke", seeds=(0, 1)', '"digits:smoke", ("--config.fail=1",), (0, 1)'))
+  argv = [str(plan), f"--out={tmp_path / 'out'}", f"--into={into}", "--config.wait=0"]
+  assert table.main(argv) == 2
+  assert "one-0 failed with 3: it broke 1 more failed." in capsys.readouterr().err.splitlines()[-1]
+  assert "| one | not measured |" in into.read_text() and "| two, other | 0 | 0.9000 |" in into.read_text()
+  numbers = json.loads(into.with_suffix(".json").read_text())
+  assert numbers["small"]["two, other"][0]["flags"] == ["--config.wait=0"]
+
+
+def test_a_student_that_only_rests_has_seen_no_images(tmp_path):
+  make(tmp_path)
+  results = json.loads((tmp_path / "results.json").read_text())
+  results["config"]["episodes"]["warmup"], results["samples"]["student"] = 4, 0
+  assert table.curve(tmp_path, results)["images"] == [0, 0, 0, 0]
 
 
 def test_a_budget_stops_what_is_under_way_and_begins_nothing_else(tmp_path, plan, capsys):
@@ -368,6 +401,12 @@ def test_what_cannot_be_carried_out_is_refused(tmp_path, plan, capsys):
 
   assert "failed with 3: it broke" in refused(str(plan), "--config.fail=1")
   assert "--budget is '2 days'" in refused(str(plan), "--budget=2 days")
+  assert "--budget is 'nanh'" in refused(str(plan), "--budget=nanh")
+  assert "--jobs is 0; it must be at least 1" in refused(str(plan), "--jobs=0")
+  damaged = tmp_path / "damaged.md"
+  damaged.write_text("<!-- table small --><!-- /table small -->")
+  damaged.with_suffix(".json").write_text("<<<<<<< HEAD")
+  assert "damaged.json cannot be read" in refused(str(plan), f"--into={damaged}")
   assert "--teacher is not an option" in refused(str(plan), "--teacher")
   assert "cannot be read" in refused(str(tmp_path / "none.py"))
   assert "lacks the marks <!-- table small -->" in refused(str(plan), f"--into={plan}")

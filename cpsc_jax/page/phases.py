@@ -1,5 +1,6 @@
 """The page of a run of several phases."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,5 +82,5 @@ def _curve(run: Run) -> Markup:
 def _matrix(rows: Sequence[Sequence[float]]) -> Markup | None:
   if len(rows) > LARGEST_MATRIX:
     return None
-  full = [[*row, *[0.0] * (len(rows) - len(row))] for row in rows]
+  full = [[*row, *[math.nan] * (len(rows) - len(row))] for row in rows]
   return svg.heatmap(full, [str(n + 1) for n in range(len(rows))], "accuracy after each phase, on the classes of each")

@@ -38,6 +38,7 @@ def run_page(run: Run, control_arms: Sequence["Run"] = ()) -> str:
   """
   results = run.results
   there = run.diagnoses.get(run.last_diagnosis, {})
+  of_facts = _facts_entry(run)
   return render(
     "run.html",
     title=f"{results['name']}: {results['arm']}, seed {results['seed']}",
@@ -59,6 +60,7 @@ def run_page(run: Run, control_arms: Sequence["Run"] = ()) -> str:
     confused=_confused(run, there),
     classes=_classes(run, there),
     facts=_facts(run),
+    facts_epoch=None if of_facts is None else run.history[of_facts]["epoch"],
     calibration=_calibration(there),
     pulls=_pulls(run, there),
     layers=_layers(run, there),
@@ -309,8 +311,13 @@ def _classes(run: Run, there: Mapping[str, np.ndarray]) -> dict | None:
   }
 
 
+def _facts_entry(run: Run) -> int | None:
+  """The place in the history of the last epoch whose diagnosis it has; the diagnosis's own file may be gone."""
+  return next((i for i in reversed(range(len(run.history))) if "diagnostics" in run.history[i]), None)
+
+
 def _facts(run: Run) -> list[dict]:
-  index = next((i for i in reversed(range(len(run.history))) if "diagnostics" in run.history[i]), None)
+  index = _facts_entry(run)
   if index is None:
     return []
   parts = []

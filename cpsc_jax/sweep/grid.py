@@ -57,8 +57,8 @@ class Range:
     """One of them; other numbers than whole ones are rounded to four digits."""
     ends = [math.log(end) if self.log else end for end in (self.low, self.high)]
     drawn = rng.uniform(*ends)
-    value = min(max(math.exp(drawn) if self.log else drawn, self.low), self.high)
-    return round(value) if self.whole else float(f"{value:.4g}")
+    value = math.exp(drawn) if self.log else drawn
+    return min(max(round(value) if self.whole else float(f"{value:.4g}"), self.low), self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +188,14 @@ def drawn(
 ) -> list[Point]:
   """The base and `number` - 1 other points drawn at random, each once; fewer where there are not as many."""
   found, misses = [], 0
-  known = {_key({})}
+  known, flat = {_key({})}, dict(schema.flatten(config))
   while len(found) < number - 1 and misses < 100 * number:
     axes = grids[rng.integers(len(grids))]
     changes: dict[str, Value] = {}
     for axis in axes:
       value = axis.values.draw(rng) if isinstance(axis.values, Range) else axis.values[rng.integers(len(axis.values))]
       changes |= dict.fromkeys(axis.keys, value)
-    key = _key(_changes(changes, config))
+    key = _key(_changes(changes, flat))
     if key in known:
       misses += 1
       continue
@@ -204,9 +204,8 @@ def drawn(
   return _named(config, grids, [{}, *found])
 
 
-def _changes(values: Mapping[str, Value], config: ml_collections.ConfigDict) -> dict[str, Value]:
-  """Those of the values that the config does not have anyway."""
-  flat = dict(schema.flatten(config))
+def _changes(values: Mapping[str, Value], flat: Mapping[str, Any]) -> dict[str, Value]:
+  """Those of the values that a config, of which `flat` is {dotted key: value}, does not have anyway."""
   return {key: value for key, value in values.items() if value != flat[key]}
 
 
@@ -222,15 +221,18 @@ def _named(
   lasts = [key.rpartition(".")[2] for key in keys]
   short = {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
   each: dict[tuple, Point] = {}
+  names: set[str] = set()
+  flat = dict(schema.flatten(config))
   for values in found:
-    changes = _changes(values, config)
+    changes = _changes(values, flat)
     if _key(changes) in each:
       continue
     name = "_".join(f"{short[key]}={_shown(value)}" for key, value in changes.items()) or BASE
     name = re.sub(r"[^A-Za-z0-9=._-]+", "-", name)
-    if len(name) > LONGEST_NAME or name in {point.name for point in each.values()}:
+    if len(name) > LONGEST_NAME or name in names:
       digest = hashlib.sha256(repr(_key(changes)).encode()).hexdigest()[:8]
       name = f"{name[: LONGEST_NAME - 9]}-{digest}"
+    names.add(name)
     each[_key(changes)] = Point(name, changes)
   return list(each.values())
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from cpsc_jax.errors import Refusal
+from cpsc_jax.sweep.grid import MOST_POINTS
 
 SEARCHES = ("grid", "random", "halving")
 KEPT = 3  # of so many points, one goes on after a rung, and for so many times as long
@@ -41,6 +42,8 @@ def cost(rungs: Sequence[Rung]) -> float:
 def planned(search: str, budget: int, seeds: int, epochs: int, least: int = 1) -> list[Rung]:
   """The rungs of a search that costs at most `budget` runs of full length, over all seeds together.
 
+  No more than MOST_POINTS are tried, whatever the budget.
+
   Raises:
     Refusal: that is not enough for a choice.
   """
@@ -50,7 +53,7 @@ def planned(search: str, budget: int, seeds: int, epochs: int, least: int = 1) -
     return halving(points, ends)
 
   number = 1
-  while seeds * cost(of(number + 1)) <= budget:
+  while number < MOST_POINTS and seeds * cost(of(number + 1)) <= budget:
     number += 1
   needed = 2 if search == "random" else KEPT
   if number < needed or seeds * cost(of(number)) > budget:

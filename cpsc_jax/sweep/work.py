@@ -216,7 +216,9 @@ def carry_out(of: Checked) -> str:
         text = _write(of, each, number)
       text = _write(of, each, number, page=True)
       points = _ranked(each)
-      if not points:
+      if of.sweep.search != "grid" and not points:
+        raise Refusal("no point has results of all its seeds, so that none is the best; see table.md for the reasons.")
+      if all(member.failure for member in each):
         raise Refusal("no member of the sweep has results: none of their losses stayed finite; see table.md.")
     return text
 
@@ -253,7 +255,14 @@ def trained(of: Checked, each: Sequence[Member]) -> Iterator[Sequence[Member]]:
   """Trains what is not done of the members, teachers first; yields after each member or group that is done."""
   for member in each:
     if member.teacher and not member.done and not (member.teacher / "teacher" / CARD).exists():
-      _teach(of, member)
+      try:
+        _teach(of, member)
+      except NonFiniteLoss as failure:
+        say(f"{failure} The sweep goes on.")
+        for taught in each:
+          if taught.teacher == member.teacher and not taught.done:
+            together.fail(taught, failure)
+        yield [taught for taught in each if taught.teacher == member.teacher]
   root = of.sweep.workdir / "groups" / each[0].workdir.parent.name
   by_name = {member.name: member for member in each}
   for folder in sorted(root.glob("*")):
@@ -369,7 +378,6 @@ def plan_text(of: Checked) -> str:
   groups: dict[str, list[Member]] = {}
   for member in each:
     groups.setdefault(of.programs[member.point.name] or member.name, []).append(member)
-  iterations = sweep.config.schedule.iterations
   for group in groups.values():
     names, digest = ", ".join(member.name for member in group), of.programs[group[0].point.name]
     waiting = [member for member in group if not member.done]
@@ -380,7 +388,8 @@ def plan_text(of: Checked) -> str:
     size = min(sweep.most or LARGEST_GROUP, len(waiting))
     found = together.rehearsed(c, card, of.data, size, len({m.config.teacher.checkpoint for m in waiting}) > 1)
     calls = -(-len(waiting) // found.number)
-    seconds = calls * (found.seconds * iterations * of.rungs[0].epochs) + found.compiling
+    epochs = of.rungs[0].epochs if len(of.rungs) > 1 else c.schedule.epochs
+    seconds = calls * (found.seconds * c.schedule.iterations * epochs) + found.compiling
     total += seconds
     how = f"{found.number} in a program of {found.mib:,.0f} MiB" if found.number > 1 else "one after another"
     lines.append(

@@ -117,6 +117,11 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     raise Refusal("config.incremental.rests is True, but generator.warmup_epochs is 0: the generator would not learn.")
   if c.refine and not config.loss.student.refine:
     raise Refusal("config.incremental.refine needs config.loss.student.refine, whose weight is 0; set one of the two.")
+  if config.loss.student.refine and not c.refine:
+    raise Refusal(
+      f"config.loss.student.refine is {config.loss.student.refine}, but config.incremental.refine is 0, so that there"
+      " is no refinement; set one of the two."
+    )
 
 
 def known(config: Config, spec: Dataset) -> int:

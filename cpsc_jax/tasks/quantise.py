@@ -30,6 +30,11 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
       raise Refusal(f"config.quantise.{key} is {bits}; it must be from 2 to 8 bits, 32 for float{more}.")
   if config.reference:
     raise Refusal("config.reference is that of CPSC-DFKD's distillation; leave it False for task 'quantise'.")
+  if config.generator.student_mode == "train":
+    raise Refusal(
+      "config.generator.student_mode is 'train', with which the generator's steps would move the ranges of activations,"
+      " before they are calibrated too; set it to 'eval'."
+    )
   before = waiting(config, methods.waiting_epochs(config))
   epochs, every = config.schedule.epochs, config.evaluate.every
   phases = f"config.generator.warmup_epochs and config.quantise.calibration are {before} epochs together"
@@ -65,7 +70,8 @@ def options(config: Config) -> dict[str, Any]:
 
 
 def student(config: Config, net: Any, image_shape: tuple[int, int, int]) -> nets.Quantised:
-  batches = config.quantise.calibration * config.schedule.iterations * config.student.steps
+  steps = config.student.steps * config.student.micro_batches
+  batches = config.quantise.calibration * config.schedule.iterations * steps
   calibration = {"calibration": batches, "momentum": config.quantise.momentum, "ranges": config.quantise.ranges}
   return nets.quantise(net, image_shape, **options(config), **calibration)
 
