@@ -531,6 +531,8 @@ def test_results_have_the_accuracies_of_every_phase(finished_phases, digits_dir)
   last = json.loads((workdir / "phase_3" / "results.json").read_text())
   assert last["student"]["last"]["accuracy"] == pytest.approx(found["accuracy"][-1])
   assert results["seconds"] > 0 and results["config"]["incremental"]["known"] == 0
+  ignored = [warning for warning in last["warnings"] if "ignores its label" in warning]
+  assert ignored and all("chance is 14.3%" in warning for warning in ignored), "of the 7 classes that are drawn"
 
 
 def test_average_and_forgetting_are_those_of_the_field():
