@@ -268,6 +268,7 @@ def test_an_epoch_by_need_resumes_exactly_in_one_program(tmp_path):
   assert epoch._cache_size() == 1 and equal(on_host(second), on_host(again))
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_follow_their_own_students():
   setup, teacher, state = start("cpsc", **{"generator.prior": "need"})
   other = state.replace(key=jax.random.key(9))
@@ -345,6 +346,7 @@ def test_control_arms_without_a_generator_have_no_prior():
 # A long tail, from the teacher to the results.
 
 
+@pytest.mark.slow
 def test_a_run_on_a_long_tail(tmp_path, digits_dir, capsys):
   """The estimate is nearer to the truth than uniform shares, and the thirds' accuracies are NumPy's.
 

@@ -39,7 +39,7 @@ def on_one_device(tmp_path_factory):
   "processes, devices, scl_form, method, iterations",
   [
     (1, 8, "blockwise", "cpsc", 3),
-    (1, 8, "dense", "need", 3),
+    pytest.param(1, 8, "dense", "need", 3, marks=pytest.mark.slow),
     pytest.param(1, 8, "blockwise", "cpsc", 20, marks=pytest.mark.slow),
     pytest.param(2, 4, "dense", "cpsc", 20, marks=pytest.mark.slow),
     pytest.param(2, 4, "blockwise", "cpsc", 20, marks=pytest.mark.slow),
