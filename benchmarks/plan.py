@@ -210,8 +210,8 @@ def seconds_of(text: str) -> float:
   number, unit = text[:-1], text[-1:]
   try:
     seconds = float(number) * UNITS[unit]
-    if math.isfinite(seconds):
-      return seconds
   except (KeyError, ValueError):
-    pass
-  raise Refusal(f"--budget is '{text}'; expected a number and s, m or h, such as 2h.")
+    seconds = math.nan
+  if not math.isfinite(seconds):
+    raise Refusal(f"--budget is '{text}'; expected a number and s, m or h, such as 2h.")
+  return seconds

@@ -13,10 +13,11 @@ under way at a time, each on its own share of the cores.
 A run that fails does not keep others from being carried out; the command then ends with the first failure's reason.
 
 After each run the table takes the place of what stands between the marks <!-- table PLAN --> and <!-- /table PLAN -->
-of FILE, and FILE with the ending .json has the numbers, the command and the commit of every run; PLAN.png beside it
-shows accuracy against time and against images, all rows in one picture. A plan with CURVES has PLAN_curves.png as well,
-accuracy against what is varied. A row is written from results.json of finished runs alone. Of a run that is not in OUT,
-what the .json file has of the same command stays; delete it there, or run it again here, to be rid of it.
+of FILE, and FILE with the ending .json has the numbers, the command, what else it was given and the commit of every
+run; PLAN.png beside it shows accuracy against time and against images, all rows in one picture. A plan with CURVES has
+PLAN_curves.png as well, accuracy against what is varied. A row is written from results.json of finished runs alone. Of
+a run that is not in OUT, what the .json file has of the same command stays; delete it there, or run it again here, to
+be rid of it.
 """
 
 import argparse

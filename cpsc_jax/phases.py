@@ -15,7 +15,6 @@ import numpy as np
 
 from cpsc_jax import config as configs
 from cpsc_jax import datasets, evaluate, nets, record, saved, teach
-from cpsc_jax.datasets.data import is_held_out
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import make_mesh, primary_first, replicate, replicated
 from cpsc_jax.progress import say
@@ -73,7 +72,11 @@ def run(
 
 def _check_measurable(data: datasets.Data, order: Sequence[int], ends: Sequence[int], split: str) -> None:
   """Raises a Refusal if a phase has no image to be measured on: a rare class may have none in the validation part."""
-  classes = data.labels("train")[is_held_out(data.spec)] if split == "validation" else data.labels(data.spec.test_split)
+  classes = (
+    data.labels("train")[datasets.is_held_out(data.spec)]
+    if split == "validation"
+    else data.labels(data.spec.test_split)
+  )
   labels = np.argsort(order)[classes]
   counts = np.histogram(labels, [0, *ends])[0]
   if not counts.all():

@@ -1,8 +1,8 @@
 """CIFAR-10: a deeper network of few bits, fine-tuned without data by the settings of the smaller one.
 
-The rows of 10 epochs fine-tune in 5 of them, in place of 20 of 25. The first four rows
-ask for float32, as they were run on a GPU, whose default is bfloat16. Needs --config.teacher.checkpoint=DIR, the
-converted ResNet-56 of docs/teachers.md, and --config.dataset.data_dir=DIR.
+The rows of 10 epochs fine-tune in 5 of them, in place of 20 of 25. The first four rows ask for float32, as they were
+run on a GPU, whose default is bfloat16. Needs --config.teacher.checkpoint=DIR, the converted ResNet-56 of
+docs/teachers.md, and --config.dataset.data_dir=DIR.
 """
 
 from benchmarks.plans.cifar10_quantise import LEAST_ERROR, row

@@ -258,11 +258,9 @@ def trained(of: Checked, each: Sequence[Member]) -> Iterator[Sequence[Member]]:
       try:
         _teach(of, member)
       except NonFiniteLoss as failure:
-        say(f"{failure} The sweep goes on.")
-        for taught in each:
-          if taught.teacher == member.teacher and not taught.done:
-            together.fail(taught, failure)
-        yield [taught for taught in each if taught.teacher == member.teacher]
+        taught = [other for other in each if other.teacher == member.teacher and not other.done]
+        _give_up(taught, failure)
+        yield taught
   root = of.sweep.workdir / "groups" / each[0].workdir.parent.name
   by_name = {member.name: member for member in each}
   for folder in sorted(root.glob("*")):
@@ -308,7 +306,12 @@ def _alone(member: Member, data: datasets.Data) -> None:
   try:
     run.run(member.config, member.workdir, data=data, command=member.command, on_begun=go_on)
   except NonFiniteLoss as failure:
-    say(f"{failure} The sweep goes on.")
+    _give_up([member], failure)
+
+
+def _give_up(failed: Sequence[Member], failure: NonFiniteLoss) -> None:
+  say(f"{failure} The sweep goes on.")
+  for member in failed:
     together.fail(member, failure)
 
 
