@@ -22,6 +22,7 @@ from collections.abc import Sequence
 FINAL = (2, 3, 130)  # exit codes after which a restart would fail again
 RESUME = 75
 SECONDS_WITHOUT_IT = 5.0  # that the others have to end by themselves; less than the heartbeat timeout of cpsc_jax.mesh
+SECONDS_OF_LAST_LINES = 5.0  # a process that a child of it outlives never closes its output
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,11 +68,13 @@ def run_once(
   command: Sequence[str], extra: list[dict[str, str]], grace: float, children: list[subprocess.Popen]
 ) -> list[int]:
   """Runs all processes to their end and returns their exit codes; `children` holds them while they run."""
+  relays = []
   for index, environment in enumerate(extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     child = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
     children.append(child)
-    threading.Thread(target=relay, args=(index, child), daemon=True).start()
+    relays.append(threading.Thread(target=relay, args=(index, child), daemon=True))
+    relays[-1].start()
   deadline = None
   while any(child.poll() is None for child in children):
     failed = [index for index, child in enumerate(children) if child.poll()]
@@ -86,6 +89,8 @@ def run_once(
       deadline = float("inf")
     time.sleep(0.05)
   codes = [child.wait() for child in children]
+  for thread in relays:
+    thread.join(SECONDS_OF_LAST_LINES)
   children.clear()
   return codes
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,16 @@ def test_launcher_hands_back_a_refusal_and_does_not_start_again(tmp_path):
   assert done.returncode == 2 and "starting again" not in done.stdout
   dry = subprocess.run([*LAUNCHER, "--dry-run", "--", "touch", tmp_path / "x"], capture_output=True, text=True)
   assert dry.stdout.count("CPSC_JAX_PROCESS=") == 2 and not (tmp_path / "x").exists()
+
+
+def test_launcher_prints_the_last_lines_to_a_slow_reader():
+  """The processes have ended while more than a pipe holds of what they printed is still to be read."""
+  program = "print((49 * 'x' + '\\n') * 1400 + 'last')"
+  command = [*LAUNCHER, "--processes=2", "--restarts=0", "--", sys.executable, "-c", program]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+    time.sleep(1.5)
+    lines = launcher.stdout.read().splitlines()
+  assert launcher.returncode == 0 and {"[0] last", "[1] last"} < set(lines) and len(lines) == 2 * 1401
 
 
 def test_launcher_stops_those_that_wait_for_a_dead_one(tmp_path):
