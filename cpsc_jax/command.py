@@ -1,6 +1,7 @@
 """Shared by the commands beside `main`: how they parse flags, report a refusal and choose an exit code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -28,10 +29,23 @@ def run_command(
     # The message may quote an untrusted file, so that control characters must not reach the terminal.
     print("cpsc_jax: " + "".join(c if c.isprintable() else "?" for c in str(refusal)), file=sys.stderr)
     return refusal.exit_code
+  except BrokenPipeError:
+    return no_reader()
+  except OSError as error:
+    print(
+      f"cpsc_jax: {error.filename or 'a file'}: {error.strerror or error}; mend this and try again.", file=sys.stderr
+    )
+    return Refusal.exit_code
   except KeyboardInterrupt:
     print("cpsc_jax: interrupted; nothing was written.", file=sys.stderr)
     return INTERRUPTED
   return 0
+
+
+def no_reader() -> int:
+  """The exit code when whoever was reading has seen enough, as in --help | head; what is still printed goes nowhere."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return Refusal.exit_code
 
 
 def comma_separated(kind: Callable[[str], object], name: str) -> Callable[[str], list]:

@@ -125,7 +125,8 @@ def effective_rank(features: jax.Array, exist: jax.Array) -> jax.Array:
   kept = jnp.where(exist[:, None], features, 0.0)
   centred = jnp.where(exist[:, None], features - _ratio(jnp.sum(kept, axis=0), jnp.sum(exist)), 0.0)
   values = _spectrum(centred)
-  noise = jnp.finfo(features.dtype).eps * max(features.shape) * jnp.sum(jnp.square(kept))
+  eps = jnp.finfo(features.dtype).eps  # what rounding leaves of a 0: of the eigenvalues, and of the means taken off
+  noise = eps * max(features.shape) ** 0.5 * jnp.max(values) + (8 * eps) ** 2 * jnp.sum(jnp.square(kept))
   singular = jnp.sqrt(jnp.where(values > noise, values, 0.0))
   total = jnp.sum(singular)
   rank = jnp.exp(_entropy(jnp.where(total > 0, singular / jnp.where(total > 0, total, 1.0), 0.0)))

@@ -241,7 +241,7 @@ def _train(plan: Plan, runs: _Runs, state: Tree) -> list[Outcome | NonFiniteLoss
 
 
 def save(plan: Plan, outcome: Outcome) -> None:
-  """Writes the checkpoint with which `train` of this plan would have ended, or goes on, unless there is one."""
+  """Writes the checkpoint with which `train` of this plan would have ended, or goes on, unless it is there."""
   _save(plan, _Runs([plan]), outcome.state, [outcome])
 
 
@@ -259,7 +259,7 @@ def _save(plan: Plan, runs: _Runs, state: Tree, outcomes: Sequence[Outcome]) -> 
   record = {"history": runs.joined([outcome.history for outcome in outcomes])}
   record |= {"seconds": sum(outcome.seconds for outcome in outcomes), "environments": outcomes[0].environments}
   with _checkpoints(plan) as checkpointer:
-    if checkpointer and checkpointer.latest() is None:
+    if checkpointer and (checkpointer.latest() or 0) < len(outcomes[0].history):
       checkpointer.save(len(outcomes[0].history), {"state": state, "best": runs.joined(best)}, record)
 
 

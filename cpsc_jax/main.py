@@ -36,6 +36,7 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from cpsc_jax import compile_cache, configs, describe, mesh, schema  # noqa: E402
+from cpsc_jax.command import no_reader  # noqa: E402
 from cpsc_jax.errors import INTERRUPTED, RESUME, Refusal  # noqa: E402
 
 IMPORTING.close()
@@ -72,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Refusal as refusal:
     print(f"cpsc_jax: {refusal}", file=sys.stderr)
     return refusal.exit_code
-  except BrokenPipeError:  # whoever was reading has seen enough, as in --help | head
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return Refusal.exit_code
+  except BrokenPipeError:
+    return no_reader()
   except OSError as error:
     place, reason = error.filename or workdir, error.strerror or error
     print(f"cpsc_jax: {place}: {reason}; fix this, then resume with the same command.", file=sys.stderr)
@@ -158,14 +158,14 @@ def config_file(argv: Sequence[str]) -> tuple[pathlib.Path | None, str | None]:
   A bare name, one that is no existing file and has neither a slash nor the suffix .py, stands for a ready config.
 
   Raises:
-    Refusal: a bare name that is no ready config.
+    Refusal: a bare name that is no ready config, or two configs.
   """
-  for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-    name, equals, value = flag.partition("=")
-    if name in CONFIG_FLAGS:
-      path, colon, variant = config_path(value if equals else following).partition(":")
-      return (pathlib.Path(path) if path else None), (variant if colon else None)
-  return None, None
+  words = [(*flag.partition("="), following) for flag, following in zip(argv, [*argv[1:], ""], strict=True)]
+  given = [value if equals else following for name, equals, value, following in words if name in CONFIG_FLAGS]
+  if len(given) > 1:
+    raise Refusal(f"--config is given twice, {given[0]} and {given[1]}; a run has one config.")
+  path, colon, variant = config_path(given[0]).partition(":") if given else ("", "", "")
+  return (pathlib.Path(path) if path else None), (variant if colon else None)
 
 
 def without_config(argv: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ Tree = Any
 
 VARIABLES = ("CPSC_JAX_COORDINATOR", "CPSC_JAX_PROCESSES", "CPSC_JAX_PROCESS")  # HOST:PORT, number, index from 0
 MEMBERS = "members"  # the axis of a mesh over which members of a sweep are split
+MOST_SAID = 1000  # bytes of a refusal that other processes repeat
 HEARTBEAT_SECONDS = 20  # after so long without a sign of life from one process, JAX ends them all
 
 
@@ -49,6 +50,17 @@ def start() -> None:
     )
   except (RuntimeError, ValueError) as error:
     raise Refusal(f"cannot connect to the other processes of this run: {str(error).splitlines()[0]}") from error
+  if _alone_on_its_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+    for flag in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+      jax.config.update(
+        flag, "all"
+      )  # under Slurm, JAX has given a process the GPU of its index on the node, and no other
+
+
+def _alone_on_its_node() -> bool:
+  """Whether Slurm has started one task on each node."""
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS"))
+  return tasks is not None and tasks == os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES"))
 
 
 def in_slurm() -> bool:
@@ -108,12 +120,30 @@ def device_memory() -> int:
 
 
 def primary_first(work: Callable[[], object]) -> None:
-  """Calls `work` on process 0 and then on all others, which find the files that process 0 made."""
-  if is_primary():
-    work()
-  barrier("process 0 is ready")
-  if not is_primary():
-    work()
+  """Calls `work` on process 0 and then on all others, which find the files that process 0 made.
+
+  Raises:
+    Refusal: `work` has raised one, on all processes, so that all end alike and each tells the reason.
+  """
+  for turn in (True, False):
+    refusal = None
+    if is_primary() == turn:
+      try:
+        work()
+      except Refusal as error:
+        refusal = error
+    if single_process():
+      said = [str(refusal or "")]
+    else:
+      text = np.zeros(MOST_SAID, np.uint8)
+      encoded = np.frombuffer(str(refusal or "").encode()[:MOST_SAID], np.uint8)
+      text[: len(encoded)] = encoded
+      rows = multihost_utils.process_allgather(text)
+      said = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    if refusal:
+      raise refusal
+    if any(said):
+      raise Refusal(next(filter(None, said)))
 
 
 def broadcast(value: int) -> int:

@@ -23,7 +23,7 @@ from cpsc_jax import config as configs
 from cpsc_jax.config import Config
 from cpsc_jax.errors import Refusal
 from cpsc_jax.loop import Outcome
-from cpsc_jax.mesh import is_primary, primary_first, replicated
+from cpsc_jax.mesh import is_primary, make_mesh, primary_first, replicate, replicated
 from cpsc_jax.pool import Pool
 from cpsc_jax.progress import say, working
 from cpsc_jax.setup import Setup
@@ -404,7 +404,7 @@ def finish(
 
 def finish_phases(workdir: pathlib.Path, results: dict, net: saved.SavedNet) -> Finished:
   """Writes what a run of several phases ended with: its last network, pictures, page and results.json."""
-  checkpoint.save_net(workdir / "student", net.variables, net.card)
+  checkpoint.save_net(workdir / "student", replicate(net.variables, make_mesh()), net.card)
   if is_primary():
     report.write_phases(workdir, results)
     _write_results(workdir, results)

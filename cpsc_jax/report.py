@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cpsc_jax import checksums, page
+from cpsc_jax import checksums, files, page
 from cpsc_jax.command import Flags, run_command
 from cpsc_jax.errors import Refusal, first_line
 
@@ -198,11 +198,11 @@ def _control_arms(workdir: pathlib.Path, results: dict[str, Any]) -> list[page.R
     if path.parent == workdir.resolve():
       continue
     try:
-      other = read_results(path.parent)
+      other = files.read_json(path)
       same = settings(other) == settings(results) and other["teacher"]["digest"] == results["teacher"]["digest"]
       if same and other["arm"] != results["arm"] and other["arm"] != "distill":
-        found.append(page.Run(path.parent.name, other, [], {}))
-    except (Refusal, KeyError, TypeError, AttributeError):  # what is damaged or another program's is no control arm
+        found.append(page.Run(path.parent.name, read_results(path.parent), [], {}))
+    except (Refusal, OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, or another program's
       continue
   return found
 
@@ -210,7 +210,7 @@ def _control_arms(workdir: pathlib.Path, results: dict[str, Any]) -> list[page.R
 def _write_text(path: pathlib.Path, text: str) -> pathlib.Path:
   """Writes a file, whole or not at all."""
   scratch = path.with_name(f"{path.name}.partial")
-  scratch.write_text(text)
+  scratch.write_bytes(text.encode(errors="replace"))
   os.replace(scratch, path)
   return path
 

@@ -39,8 +39,9 @@ def sample(
     raise Refusal(f"--per_class must be at most {LARGEST_ROW} for a picture, got {per_class}; use --out FILE.npz.")
   if not 0 <= seed < 2**32:
     raise Refusal(f"--seed must be between 0 and 2**32 - 1, got {seed}.")
+  folder = saved.find(workdir, default="generator")
   with saved.new_files(out) as (scratch,):
-    generator = saved.load(saved.find(workdir, default="generator"))
+    generator = saved.load(folder)
     card = generator.card
     if not generator.is_generator:
       raise Refusal(f"the net in {workdir} is a {card['net']}, not a generator; give the WORKDIR of a finished run.")

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import checkpoint, files, nets
+from cpsc_jax import checkpoint, files, nets, schema
 from cpsc_jax.errors import Refusal, first_line
 
 WHICH = ("student", "student_best", "teacher", "generator")
+NO_GENERATOR = (*schema.REAL_ARMS, *schema.INCREMENTAL_ARMS, "gaussian_noise")  # arms
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
 LARGEST_WIDTH = 2**16  # of a generator's latents and channels
 GENERATOR_KEYS = ("latent_dim", "width", "conditional", "output", "epsilon", "init")  # what a card has of a config
@@ -40,10 +41,11 @@ class SavedNet(NamedTuple):
 def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "student") -> pathlib.Path:
   """The folder of a net of a finished run: `which`, one of WHICH, or the `default` if that is None.
 
-  A `workdir` that itself holds a saved net is returned unchanged.
+  A `workdir` that itself holds a saved net is returned unchanged. Of a run of several phases it is that of the last
+  phase which has one.
 
   Raises:
-    Refusal: no run, an unfinished one, or one without that net.
+    Refusal: no run, an unfinished one, one without that net, or one whose teacher's place has another net now.
   """
   workdir = pathlib.Path(workdir)
   if (workdir / checkpoint.CARD).exists():
@@ -62,8 +64,12 @@ def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "
       f" cpsc-jax --config CONFIG --workdir {workdir}"
     )
   if which == "teacher" and config["teacher"]["checkpoint"]:
-    return pathlib.Path(config["teacher"]["checkpoint"])
-  if which == "generator" and config["arm"] in ("real_kd", "real_labels", "gaussian_noise"):
+    return _given_teacher(workdir, pathlib.Path(config["teacher"]["checkpoint"]))
+  if not (workdir / which).exists():
+    phases = [path for path in workdir.glob(f"phase_*/{which}") if path.parent.name[len("phase_") :].isdecimal()]
+    if phases:
+      return max(phases, key=lambda path: int(path.parent.name[len("phase_") :]))
+  if which == "generator" and config["arm"] in NO_GENERATOR:
     raise Refusal(f"the run in {workdir} has no generator: it was run with arm '{config['arm']}', not 'distill'.")
   if which == "generator" and not (workdir / which).exists():
     raise Refusal(
@@ -71,6 +77,18 @@ def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "
       f" {workdir / 'pool.npz'} and samples.png."
     )
   return workdir / which
+
+
+def _given_teacher(workdir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """`folder`, where the run in `workdir` had its teacher from, if that is there still."""
+  path = workdir / "results.json"
+  try:
+    digest = files.read_json(path)["teacher"]["digest"]
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise Refusal(f"{path} does not say which teacher the run had ({error}); restore the file.") from error
+  if checkpoint.read_card(folder)["digest"] != digest:
+    raise Refusal(f"{folder} has another net now than the teacher of the run in {workdir}; put that one back.")
+  return folder
 
 
 def load(folder: str | pathlib.Path) -> SavedNet:

@@ -116,6 +116,7 @@ def program(main: Callable[[], int]) -> NoReturn:
   minutes for each other, and Python would wait for them.
   """
   _of_program.append(True)
+  sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to fail
   try:
     code = main()
   except SystemExit as left:  # of `exit_on_sigterm`, or of a parser of flags

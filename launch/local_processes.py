@@ -20,8 +20,9 @@ import time
 from collections.abc import Sequence
 
 FINAL = (2, 3, 130)  # exit codes after which a restart would fail again
-RESUME = 75
+INTERRUPTED, RESUME = 130, 75
 SECONDS_WITHOUT_IT = 5.0  # that the others have to end by themselves; less than the heartbeat timeout of cpsc_jax.mesh
+SECONDS_AFTER_INTERRUPT = 2.0  # in which processes end that Ctrl-C has reached too; it reaches all of a terminal
 SECONDS_OF_LAST_LINES = 5.0  # a process that a child of it outlives never closes its output
 
 
@@ -65,9 +66,16 @@ def say(text: str) -> None:
 
 
 def run_once(
-  command: Sequence[str], extra: list[dict[str, str]], grace: float, children: list[subprocess.Popen]
+  command: Sequence[str],
+  extra: list[dict[str, str]],
+  grace: float,
+  children: list[subprocess.Popen],
+  interrupted: Sequence[float],
 ) -> list[int]:
-  """Runs all processes to their end and returns their exit codes; `children` holds them while they run."""
+  """Runs all processes to their end and returns their exit codes; `children` holds them while they run.
+
+  `interrupted` is filled with the time of Ctrl-C when it comes.
+  """
   relays = []
   for index, environment in enumerate(extra):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -83,6 +91,10 @@ def run_once(
       deadline = time.monotonic() + (grace if saving else min(grace, SECONDS_WITHOUT_IT))
       names = ", ".join(f"process {index} {ending(children[index].returncode)}" for index in failed)
       say(names if saving else f"{names}; stopping the others")
+    if interrupted and deadline is None and time.monotonic() > interrupted[0] + SECONDS_AFTER_INTERRUPT:
+      for child in children:
+        child.send_signal(signal.SIGINT)
+      deadline = time.monotonic() + grace
     if deadline is not None and time.monotonic() > deadline:
       for child in children:
         child.kill()
@@ -109,7 +121,7 @@ def ending(code: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the job, restarting it as often as allowed; returns its exit code."""
   options = parse(argv)
-  children, terminated = [], []
+  children, terminated, interrupted = [], [], []
 
   def forward(*_):
     terminated.append(True)
@@ -122,14 +134,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   os.environ.setdefault("CPSC_JAX_GRACE", str(options.grace))  # of cpsc_jax.stop, in the processes
   signal.signal(signal.SIGTERM, forward)
+  signal.signal(signal.SIGINT, lambda *_: interrupted.append(time.monotonic()))
   for start in range(options.restarts + 1):
     if start:
       say(f"starting again, {start} of {options.restarts}")
     extra = environments(options.processes, options.devices, free_port())
-    codes = run_once(options.command, extra, options.grace, children)
+    codes = run_once(options.command, extra, options.grace, children, interrupted)
     final = [code for code in codes if code in FINAL]
     if not any(codes):
       return 0
+    if interrupted:
+      return INTERRUPTED
     if final:
       return final[0]
     if terminated:

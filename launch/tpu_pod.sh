@@ -8,7 +8,7 @@ runs the same command on each, follows the log of worker 0, restarts after a pre
 
   --runtime V   software version of the VMs (v2-alpha-tpuv5-lite; see gcloud compute tpus tpu-vm versions list)
   --project P   Cloud project (the default of gcloud)
-  --spot        preemptible, at a lower price
+  --spot        preemptible, at a lower price; a preempted slice is deleted with its disks, so that the run needs a bucket
   --bucket B    mount the bucket B on every worker, as /mnt/cpsc_jax; a slice of several workers needs one, because all
                 of them must see the folder of the run. Create it with --enable-hierarchical-namespace: checkpoints are
                 renamed when they are complete. The VMs need gcsfuse
@@ -52,6 +52,11 @@ if [ $# -gt 0 ] && [ -z "$type" ]; then
   echo "tpu_pod.sh: --type is required, such as v5litepod-16" >&2
   exit 2
 fi
+if [ $# -gt 0 ] && [ ${#spot[@]} -gt 0 ] && [ -z "$bucket$workdir" ]; then
+  echo "tpu_pod.sh: --spot needs --bucket, or --workdir in a folder that outlasts the slice: a preempted slice is deleted" \
+    "with its disks" >&2
+  exit 2
+fi
 mount=/mnt/cpsc_jax
 if [ -z "$workdir" ]; then
   workdir=cpsc_jax_run
@@ -93,15 +98,17 @@ ensure() {
   done
 }
 
+# set -e has no effect in a function whose failure is asked for, so that this returns at what fails.
 install() {
-  local archive
+  local archive code=0
   archive=$(mktemp -d)/cpsc_jax.tar.gz
-  git -C "$here" archive --format=tar.gz -o "$archive" HEAD
-  tpu scp "$archive" "$name:" --worker=all
+  git -C "$here" archive --format=tar.gz -o "$archive" HEAD || exit
+  tpu scp "$archive" "$name:" --worker=all || code=$?
   rm -r "$(dirname "$archive")"
+  [ "$code" = 0 ] || return "$code"
   on all "mkdir -p cpsc_jax && tar xzf cpsc_jax.tar.gz -C cpsc_jax && python3 -m pip install -q --user uv &&
     (test -d venv || ~/.local/bin/uv venv -q --python 3.12 venv) &&
-    ~/.local/bin/uv pip install -q --python venv/bin/python -e 'cpsc_jax[tpu]'"
+    ~/.local/bin/uv pip install -q --python venv/bin/python -e 'cpsc_jax[tpu]'" || return
   if [ -n "$bucket" ]; then
     on all "mountpoint -q $mount || { command -v gcsfuse >/dev/null || { echo 'install gcsfuse on the workers' >&2; exit 2; }
       sudo mkdir -p $mount && sudo chown \$USER $mount && gcsfuse --implicit-dirs $bucket $mount; }"
@@ -128,11 +135,16 @@ follow() { # prints the log of worker 0 until the run ends and sets $code to its
 if [ $# -gt 0 ]; then
   for ((attempt = 0; ; attempt++)); do
     ensure
+    code=0
     if $dry || ! running; then
-      install
-      start "$@"
+      install && start "$@" || code=$?
     fi
-    follow
+    if [ "$code" = 0 ]; then
+      follow
+    elif [ "$code" != 2 ]; then
+      code=75 # the slice was preempted meanwhile, or does not answer yet
+      sleep "${TPU_POD_POLL:-15}"
+    fi
     case $code in
       0 | 2 | 3 | 130) break ;;
     esac
@@ -143,7 +155,11 @@ if [ $# -gt 0 ]; then
     echo "tpu_pod.sh: the run ended with exit code $code; restarting it"
   done
   mkdir -p "$back"
-  tpu scp "$name:$workdir" "$back" --worker=0 --recurse
+  if ! tpu scp "$name:$workdir" "$back" --worker=0 --recurse; then
+    echo "tpu_pod.sh: nothing was copied from $name:$workdir; the slice is left as it is" >&2
+    if [ "$code" = 0 ]; then code=1; fi
+    exit "$code"
+  fi
 fi
 if $delete; then tpu delete "$name" --quiet; fi
 exit "${code:-0}"

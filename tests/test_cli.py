@@ -47,6 +47,8 @@ def test_exit_codes_and_messages_of_commands_are_passed_on(tmp_path, capsys):
     (["sample", str(tmp_path), "--out", str(tmp_path / "x.png")], "no run and no saved net"),
     (["export", str(tmp_path)], "--out"),
     (["--config", "nowhere.py"], "no config file 'nowhere.py'"),
+    (["--config=digits", "--config", "cifar10"], "--config is given twice, digits and cifar10"),
+    (["report", 300 * "n"], "File name too long; mend this"),
     (["convrt"], "unknown command 'convrt'; use one of convert, export"),
   ):
     assert main(argv) == 2

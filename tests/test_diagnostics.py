@@ -124,9 +124,9 @@ def test_vendi_score(n, d):
   assert np.isnan(COMPILED.vendi_score(x, np.zeros(n, bool)))
 
 
-@pytest.mark.parametrize("n, d", [(40, 7), (7, 40)])
-def test_effective_rank(n, d):
-  x = RNG.normal(size=(n, d)).astype(np.float32) + 3
+@pytest.mark.parametrize("n, d, mean", [(40, 7, 3), (7, 40, 3), (1000, 400, 10)])
+def test_effective_rank(n, d, mean):
+  x = RNG.normal(size=(n, d)).astype(np.float32) + mean
   singular = np.linalg.svd(x - x.mean(0), compute_uv=False)
   close(COMPILED.effective_rank(x, EVERYONE(n)), np.exp(scipy.stats.entropy(singular)), 2e-3)
   assert float(COMPILED.effective_rank(np.repeat(x[:1], n, 0), EVERYONE(n))) == pytest.approx(1.0)

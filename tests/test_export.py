@@ -349,6 +349,15 @@ def test_a_teacher_outside_the_run_is_found(finished, tmp_path):
   assert saved.find(tmp_path, "teacher") == finished / "teacher"
 
 
+def test_another_teacher_in_its_place_is_refused(capsys, tmp_path, finished):
+  workdir = copy_of(finished, tmp_path, "config.json", "results.json")
+  config = json.loads((workdir / "config.json").read_text())
+  config["teacher"]["checkpoint"] = str(finished / "student")
+  (workdir / "config.json").write_text(json.dumps(config))
+  argv = (workdir, "--which", "teacher", "--format", "safetensors", "--out", tmp_path / "x")
+  refused(capsys, tmp_path, export.main, argv, "has another net now than the teacher of the run")
+
+
 # Refusals: one sentence, exit code 2, nothing written.
 
 
@@ -385,6 +394,8 @@ def test_bad_flags_are_refused(capsys, tmp_path, finished):
     (sample.main, (finished, "--seed", 2**40, *out), "--seed"),
     (sample.main, (finished, "--out", tmp_path / "x.gif"), ".png"),
     (sample.main, (finished / "student", *out), "not a generator"),
+    (sample.main, (finished, "--out", tmp_path / f"{300 * 'n'}.png"), "choose another --out"),
+    (sample.main, (tmp_path / (300 * "n"), *out), "File name too long; mend this"),
   ):
     refused(capsys, tmp_path, main, argv, *words)
 

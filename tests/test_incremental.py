@@ -23,6 +23,7 @@ from cpsc_jax import (
   nets,
   optim,
   phases,
+  sample,
   schema,
   streams,
 )
@@ -533,6 +534,20 @@ def test_results_have_the_accuracies_of_every_phase(finished_phases, digits_dir)
   assert results["seconds"] > 0 and results["config"]["incremental"]["known"] == 0
   ignored = [warning for warning in last["warnings"] if "ignores its label" in warning]
   assert ignored and all("chance is 14.3%" in warning for warning in ignored), "of the 7 classes that are drawn"
+
+
+def test_samples_of_a_run_of_phases_are_of_its_last_generator(finished_phases, tmp_path):
+  workdir, _, _ = finished_phases
+  assert phases.saved.find(workdir, "generator") == workdir / "phase_3" / "generator"
+  assert sample.main([str(workdir), "--per_class", "2", "--out", str(tmp_path / "x.npz")]) == 0
+  with np.load(tmp_path / "x.npz") as arrays:
+    assert arrays["labels"].tolist() == list(range(7)), "the classes before the last phase"
+  (tmp_path / "joint").mkdir()
+  for name in ("config.json", "results.json"):
+    content = json.loads((workdir / name).read_text()) | {"arm": "joint"}
+    (tmp_path / "joint" / name).write_text(json.dumps(content))
+  with pytest.raises(Refusal, match="has no generator: it was run with arm 'joint'"):
+    phases.saved.find(tmp_path / "joint", "generator")
 
 
 def test_average_and_forgetting_are_those_of_the_field():

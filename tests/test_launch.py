@@ -9,13 +9,21 @@ import yaml
 from conftest import REPOSITORY
 
 POD = REPOSITORY / "launch" / "tpu_pod.sh"
-# A stand-in for gcloud: the file `state` holds the state of the slice; the run's first attempt is preempted.
+# A stand-in for gcloud: the file `state` holds the state of the slice; the run's first attempt is preempted. Copying to
+# a slice fails once for each line of the file `unreachable`, copying from it if there is a file `lost`.
 GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >>"$FAKE/calls"
 case "$4 $*" in
   describe*) cat "$FAKE/state" 2>/dev/null || exit 1 ;;
   create*) echo READY >"$FAKE/state" ;;
   delete*) rm "$FAKE/state" ;;
+  scp*recurse*) ! test -e "$FAKE/lost" ;;
+  scp*)
+    if [ -s "$FAKE/unreachable" ]; then
+      sed -i 1d "$FAKE/unreachable"
+      exit 255
+    fi
+    ;;
   ssh*kill*) ;;
   ssh*tail*)
     echo "epoch 1"
@@ -34,7 +42,7 @@ def pod(tmp_path):
   (tmp_path / "gcloud").chmod(0o755)
 
   def run(*argv, code=0):
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "TPU_POD_POLL": "0"}
     command = ["bash", POD, "--name", "slice", "--zone", "z", *argv]
     done = subprocess.run(command, env={**environment, "FAKE_CODE": str(code)}, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
@@ -48,8 +56,8 @@ def verbs(calls):
 
 
 def test_a_preempted_slice_is_created_again_and_the_run_restarted(pod, tmp_path):
-  run = ("--type", "v5litepod-16", "--spot", "--back", str(tmp_path / "back"), "--delete", "--", "--config=c.py")
-  code, output, calls = pod(*run)
+  options = ("--type", "v5litepod-16", "--spot", "--bucket", "b", "--back", str(tmp_path / "back"), "--delete")
+  code, output, calls = pod(*options, "--", "--config=c.py")
   assert code == 0 and output.count("epoch 1") == 2 and "slice is PREEMPTED; creating it again" in output
   assert verbs(calls).count("create") == 2 and verbs(calls).count("delete") == 2
   assert [call for call in calls if "create" in call][0].split()[-2:] == ["--spot", "--zone=z"]
@@ -59,6 +67,26 @@ def test_a_preempted_slice_is_created_again_and_the_run_restarted(pod, tmp_path)
   assert len(copied) == 1 and calls.index(copied[0]) > calls.index(started[-1]), (
     "results are copied once, after the last attempt"
   )
+
+
+def test_a_slice_that_does_not_answer_yet_is_tried_again(pod, tmp_path):
+  """Preempted, or not up, while the program is installed: that is an attempt, not the end."""
+  (tmp_path / "unreachable").write_text("once\ntwice\n")
+  code, output, calls = pod("--type", "t", "--back", str(tmp_path / "back"), "--", "--config=c.py")
+  assert code == 0 and output.count("ended with exit code 75; restarting it") == 3
+  assert len([call for call in calls if "setsid" in call]) == 2, "after the two that failed; one is preempted"
+  (tmp_path / "unreachable").write_text(5 * "again\n")
+  (tmp_path / "state").write_text("READY\n")
+  assert pod("--type", "t", "--restarts", "3", "--back", str(tmp_path / "back"), "--", "--config=c.py")[0] != 0
+
+
+def test_what_would_lose_the_run_is_refused(pod, tmp_path):
+  code, output, calls = pod("--type", "t", "--spot", "--", "--config=c.py")
+  assert code == 2 and "--spot needs --bucket" in output and not calls
+  (tmp_path / "lost").touch()
+  code, output, calls = pod("--type", "t", "--back", str(tmp_path / "back"), "--delete", "--", "--config=c.py")
+  assert code == 1 and "nothing was copied from slice:cpsc_jax_run" in output
+  assert verbs(calls).count("delete") == 1, "of the preempted one alone"
 
 
 def test_a_refusal_ends_the_run_and_the_slice_is_reused(pod, tmp_path):
@@ -88,7 +116,7 @@ def test_gcloud_knows_the_flags(pod):
   """If the real gcloud is installed, its help lists every flag that the script uses."""
   if subprocess.run(["sh", "-c", "command -v gcloud"], capture_output=True).returncode:
     pytest.skip("gcloud is not installed here")
-  output = pod("--type", "t", "--spot", "--delete", "--dry-run", "--", "--config=c.py")[1]
+  output = pod("--type", "t", "--spot", "--bucket", "b", "--delete", "--dry-run", "--", "--config=c.py")[1]
   for verb in ("create", "ssh", "scp", "delete"):
     text = subprocess.run(
       ["gcloud", "compute", "tpus", "tpu-vm", verb, "--help"], capture_output=True, text=True

@@ -1,5 +1,6 @@
 """Arrays on a mesh, of one process and of two; whole runs of several processes are tested in test_spmd."""
 
+import os
 import subprocess
 import sys
 
@@ -48,10 +49,11 @@ def test_one_process_needs_no_other():
   assert calls == [1]
 
 
-TWO_PROCESSES = """
+TWO_PROCESSES = r"""
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from cpsc_jax import checkpoint, mesh
+from cpsc_jax.errors import Refusal
 mesh.start()
 assert not mesh.single_process() and jax.process_count() == 2
 assert mesh.broadcast(5 + jax.process_index()) == 5
@@ -70,6 +72,16 @@ def sign():
   with open(sys.argv[2], "a") as lines:
     lines.write(f"process {jax.process_index()}\n")
 mesh.primary_first(sign)
+for who in (0, 1):
+  def refuse():
+    if jax.process_index() == who:
+      raise Refusal(f"process {who} does not see the folder")
+  try:
+    mesh.primary_first(refuse)
+  except Refusal as refusal:
+    assert str(refusal) == f"process {who} does not see the folder"
+  else:
+    raise AssertionError("only the other process was refused")
 """
 
 
@@ -78,5 +90,38 @@ def test_two_processes_save_what_was_just_placed(tmp_path):
   order = tmp_path / "order"
   command = [*launcher, sys.executable, "-c", TWO_PROCESSES, tmp_path / "checkpoints", order]
   done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.returncode == 0, done.stdout[-3000:]
   assert order.read_text().splitlines() == ["process 0", "process 1"]
+
+
+@pytest.mark.parametrize("nodes, devices", [(2, "all"), (1, "0")])
+def test_a_task_that_has_its_node_alone_uses_all_its_gpus(nodes, devices):
+  """Under Slurm, JAX gives each task the GPU of its index on the node, which is right for a task per GPU alone."""
+  program = """
+import jax
+from cpsc_jax import mesh
+mesh.start()
+print(jax.process_count(), *(jax.config.values[f"jax_{kind}_visible_devices"] for kind in ("cuda", "rocm")))
+"""
+  common = {
+    **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "CPSC_JAX_"))},
+    "JAX_PLATFORMS": "cpu",
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": str(nodes),
+  }
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", program],
+      cwd=REPOSITORY,
+      env={**common, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task if nodes == 1 else 0)},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for task in range(2)
+  ]
+  printed = [process.communicate()[0].splitlines()[-1] for process in started]
+  assert printed[0] == f"2 {devices} {devices}"
+  assert printed[1] == ("2 1 1" if nodes == 1 else printed[0])

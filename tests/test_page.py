@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import statistics
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from scipy import stats
 from test_report import change, made_up
 
@@ -257,6 +259,10 @@ def test_control_arms_beside_a_run_are_in_its_verdict(tmp_path):
   change(stranger, "results.json", lambda results: results["teacher"].update(digest="d2"))
   (tmp_path / "damaged").mkdir()
   (tmp_path / "damaged" / "results.json").write_text("{")
+  unreadable = write_run(tmp_path / "unreadable", arm="gaussian_noise")
+  (unreadable / "history.json").unlink()
+  (unreadable / "history.json").mkdir()
+  (unreadable / "files.sha256").write_text(f"{64 * '0'}  history.json\n")
   read = check_numbers(page_of(folder), {"run": folder, "control": arm}, at_least=100)
   assert read.text.count("Control, ") == 1 and "untrained generator" in read.text
 
@@ -322,6 +328,27 @@ def test_runs_with_the_teacher_of_their_own_seed_are_one_row(tmp_path):
   pages = [report.compare(list(folders.values()), tmp_path / "out.html").read_text() for folders in (own, other)]
   sources = [" ".join(source for _, source, _ in check_numbers(text, own, at_least=20).numbers) for text in pages]
   assert "distill_0,distill_1 mean" in sources[0] and "distill_0,distill_1 mean" not in sources[1]
+
+
+def test_a_repetition_is_a_row_of_its_own(tmp_path):
+  """A seed that was run twice is no second seed: its interval would be too narrow."""
+  seeds = {"a": 0, "b": 1, "a_again": 0, "b_again": 1}
+  folders = {name: write_run(tmp_path / name, seed=seed, accuracy=0.9) for name, seed in seeds.items()}
+  read = check_numbers(report.compare(list(folders.values()), tmp_path / "out.html").read_text(), folders, at_least=20)
+  sources = [source for _, source, _ in read.numbers]
+  assert any(source.startswith("a,b mean") for source in sources)
+  assert any(source.startswith("a_again-a,b_again-b paired") for source in sources)
+  assert "digits, repetition 2" in read.text
+
+
+def test_pages_are_utf8_whatever_the_locale_and_the_names(tmp_path):
+  folder = write_run(tmp_path / os.fsdecode(b"caf\xc3\xa9_\xff"), diagnosed=())
+  change(folder, "results.json", lambda results: results.update(name="Zürich"))
+  locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+  command = [sys.executable, "-m", "cpsc_jax", "report", folder]
+  done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **locale}, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  assert "Zürich" in (folder / "report.html").read_bytes().decode("utf-8")
 
 
 def write_phases(folder, accuracy, **options):

@@ -269,14 +269,25 @@ def diagnoses(workdir):
   return found
 
 
-def test_killed_and_resumed_ends_bit_identical(tmp_path, digits_dir, monkeypatch):
+IN_THE_TEACHER, BEFORE_THE_FIRST, AFTER_AN_EPOCH = r"teacher: epoch 1/", r"distill: 8 epochs", r"distill: epoch 1/"
+
+
+@pytest.mark.parametrize(
+  "patterns",
+  [
+    (IN_THE_TEACHER,),
+    pytest.param((IN_THE_TEACHER, BEFORE_THE_FIRST, AFTER_AN_EPOCH), marks=pytest.mark.slow),
+  ],
+  ids=len,
+)
+def test_killed_and_resumed_ends_bit_identical(tmp_path, digits_dir, monkeypatch, patterns):
   monkeypatch.setattr("cpsc_jax.progress.SECONDS_BETWEEN_LINES", 0.0)
   assert main(command(tmp_path / "whole", digits_dir, *LONG)) == 0
   broken = tmp_path / "broken"
-  for pattern in (r"teacher: epoch 1/", r"distill: 8 epochs", r"distill: epoch 1/"):
+  for pattern in patterns:
     assert kill_at(spawn(broken, digits_dir, *LONG), pattern), f"never saw {pattern}"
     assert not (broken / "results.json").exists()
-  process = spawn(broken, digits_dir, *LONG)  # by now inside the distillation: kill once more, at no particular moment
+  process = spawn(broken, digits_dir, *LONG)  # kill once more, in the distillation, at no particular moment
   deadline = time.monotonic() + 120
   while not list((broken / "checkpoints").glob("[0-9]*")) and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.02)

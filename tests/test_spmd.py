@@ -112,6 +112,28 @@ def test_launcher_prints_the_last_lines_to_a_slow_reader():
   assert launcher.returncode == 0 and {"[0] last", "[1] last"} < set(lines) and len(lines) == 2 * 1401
 
 
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_launcher_is_interrupted(ends_by_itself, tmp_path):
+  """Ctrl-C in a terminal reaches all processes, `kill -INT` the launcher alone; it ends them, in one line each."""
+  program = """
+import signal, sys, time
+def interrupted(*_):
+  print("interrupted", flush=True)
+  sys.exit(130)
+signal.signal(signal.SIGINT, interrupted)
+print("ready", flush=True)
+time.sleep(100)
+"""
+  command = [*LAUNCHER, "--processes=2", "--", sys.executable, "-c", program]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+  with subprocess.Popen(command, **pipes) as launcher:
+    ready = [launcher.stdout.readline() for _ in range(2)]
+    (os.killpg if ends_by_itself else os.kill)(launcher.pid, signal.SIGINT)
+    output, error = launcher.communicate(timeout=60)
+  assert sorted(ready) == ["[0] ready\n", "[1] ready\n"] and launcher.returncode == 130
+  assert output.count("interrupted") == 2 and not error
+
+
 def test_launcher_stops_those_that_wait_for_a_dead_one(tmp_path):
   """Before JAX misses it: one line says which died, the next that the job starts again."""
   program = f"""

@@ -1,5 +1,6 @@
 """A page that compares runs."""
 
+import collections
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -144,10 +145,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _grouped(runs: Sequence[Run], settings: Mapping[str, dict]) -> list[list[Run]]:
-  """Runs that differ in nothing but the seed, together."""
+  """Runs that differ in nothing but the seed, together; one whose seed is there already is of another group."""
   groups: list[list[Run]] = []
   for run in runs:
-    same = next((group for group in groups if _alike(group[0], run, settings)), None)
+    alike = [group for group in groups if _alike(group[0], run, settings)]
+    same = next((group for group in alike if run.results["seed"] not in {each.results["seed"] for each in group}), None)
     if same:
       same.append(run)
     else:
@@ -165,9 +167,11 @@ def _alike(a: Run, b: Run, settings: Mapping[str, dict]) -> bool:
 
 def _group_table(groups: Sequence[Sequence[Run]], kind: Kind, settings: Mapping[str, dict]) -> Table:
   base = {run.results["seed"]: run for run in groups[0]}
-  rows = []
+  rows, times = [], collections.Counter()
   for group in groups:
-    cells: list[Any] = [_group_name(group, groups, settings), len(group)]
+    name = _group_name(group, groups, settings)
+    times[name] += 1
+    cells: list[Any] = [name if times[name] == 1 else f"{name}, repetition {times[name]}", len(group)]
     cells += [_mean_of(group, path) for path in kind.figures.values()]
     pairs = [(run, base[run.results["seed"]]) for run in group if run.results["seed"] in base]
     path = kind.headline[0]

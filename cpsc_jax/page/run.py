@@ -353,7 +353,7 @@ def _calibration(there: Mapping[str, np.ndarray]) -> Markup | None:
   if "reliability_count" not in there:
     return None
   counts, sure, right = (there[f"reliability_{name}"] for name in ("count", "confidence", "accuracy"))
-  return svg.reliability(counts, sure, right, "accuracy of the student by its confidence on test images")
+  return svg.reliability(counts, sure, right, "accuracy of the student by its confidence on real images")
 
 
 def _pulls(run: Run, there: Mapping[str, np.ndarray]) -> dict | None:

@@ -60,18 +60,18 @@ SAMPLES = {
     "How many different samples there effectively are, by the teacher's features; compare it with real images'.",
     "Far below: more latents (generator.latent_dim), more loss.generator.scl, or a pool (pool.replay_share).",
     ".2f",
-    ("real_vendi_score", "test images"),
+    ("real_vendi_score", "real images"),
   ),
   "effective_rank": Words(
     "Effective rank",
     "How many directions of the teacher's feature space the samples fill; compare it with real images'.",
     "Far below: as for the Vendi score.",
     ".1f",
-    ("real_effective_rank", "test images"),
+    ("real_effective_rank", "real images"),
   ),
   "frechet_distance": Words(
     "Fréchet distance",
-    "Between samples and test images in the teacher's features; 0 if alike. Only figures of one teacher and equally"
+    "Between samples and real images in the teacher's features; 0 if alike. Only figures of one teacher and equally"
     " many samples compare.",
     "Rising: raise loss.generator.bn; that samples differ from real images does no harm by itself.",
   ),
@@ -100,16 +100,16 @@ STUDENT = {
     "High: a higher loss.kd_temperature, or a lower loss.student.ce.",
     beside=("teacher_calibration_error", "the teacher"),
   ),
-  "student_confidence": Words("Student's confidence", "How sure it is of its class on test images."),
+  "student_confidence": Words("Student's confidence", "How sure it is of its class on real images."),
   "agreement_on_noise": Words(
     "Agreement on noise",
     "The share of uniform noise images to which student and teacher give one class: how alike they are far from data.",
     "Low is common; a student that is much like its teacher also agrees here.",
   ),
   "agreement_on_grain": Words(
-    "Agreement on grain", "The same on test images with Gaussian noise.", "Low: more student.crop_pad, longer training."
+    "Agreement on grain", "The same on real images with Gaussian noise.", "Low: more student.crop_pad, longer training."
   ),
-  "agreement_on_blur": Words("Agreement on blur", "The same on blurred test images.", "Low: as on grain."),
+  "agreement_on_blur": Words("Agreement on blur", "The same on blurred real images.", "Low: as on grain."),
   "agreement_on_contrast": Words("Agreement on low contrast", "The same at half the contrast.", "Low: as on grain."),
   "student_learning_rate": Words("Student's learning rate", "Of the last update of the epoch.", form="g"),
   "generator_learning_rate": Words("Generator's learning rate", "Of the last update of the epoch.", form="g"),

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -85,15 +86,28 @@ def with_rates(state: State, config: Config, first: Config) -> State:
   return state.replace(hyper=hyper.replace(**factors))
 
 
-def fitting(number: int, build: Callable[[int], Program]) -> tuple[int, Program]:
-  """(how many members fit in the memory of a device, at most `number`; their program)."""
-  limit = SHARE_OF_MEMORY * device_memory()
+def fitting(number: int, build: Callable[[int], Program], beside: int = 0) -> tuple[int, Program]:
+  """(how many members fit in the memory of a device, at most `number`; their program).
+
+  `beside` are the bytes that members who have begun take besides.
+  """
+  limit = SHARE_OF_MEMORY * device_memory() - beside
   while True:
     program = build(number)
-    if number == 1 or not limit or program.needed <= limit:
+    if number == 1 or not device_memory() or program.needed <= limit:
       return number, program
     number = max(min(number - 1, int(number * limit / program.needed)), 1)
-    say(f"{program.needed / 2**20:,.0f} MiB would not fit: {number} members together")
+    say(f"{(program.needed + beside) / 2**20:,.0f} MiB would not fit: {number} members together")
+
+
+def beginning(state: State, copies: int) -> int:
+  """How many members may begin: each holds so many copies of a state like this one until all end."""
+  memory = device_memory()
+  return max(int(SHARE_OF_MEMORY * memory / (copies * _bytes(state))), 1) if memory else sys.maxsize
+
+
+def _bytes(state: State) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def folder_of(root: pathlib.Path, members: Sequence[Member]) -> pathlib.Path:
@@ -117,7 +131,10 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
     with contextlib.ExitStack() as journals:
       teachers: dict[str, teach.Teacher] = {}
       runs: list[run.Begun] = []
+      copies = 3 if any(member.earlier for member in members) else 2  # its own, and those in the stacked state
       for member in members:
+        if runs and not whole and len(runs) >= beginning(runs[0].state, copies):
+          break
         c, card = run.resolved(member.config, data)
         claims.enter_context(claimed(member.workdir, c))
         if c.teacher.checkpoint not in teachers:
@@ -127,7 +144,8 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
         options = {"command": member.command, "like": like, "pages": False}
         ready = run.begun(c, member.workdir, mesh, data, given, card, **options)
         runs.append(journals.enter_context(ready))
-      first = runs[0]
+      first, members = runs[0], members[: len(runs)]
+      beside = len(runs) * (copies - 1) * _bytes(first.state)
       states = [with_rates(each.state, each.config, first.config) for each in runs]
 
       def build(number: int) -> Program:
@@ -136,7 +154,7 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
         taught = list(variables.values()) if len(variables) == 1 else each_one
         return Program(first.setup, first.config.schedule.iterations, states[:number], taught)
 
-      number, program = (len(runs), build(len(runs))) if whole else fitting(len(runs), build)
+      number, program = (len(runs), build(len(runs))) if whole else fitting(len(runs), build, beside)
       runs, members = runs[:number], members[:number]
       state, epoch = program.loaded()
       folder = folder_of(root, members)
@@ -167,7 +185,7 @@ def carry_out(members: Sequence[Member], root: pathlib.Path, data: Data, whole: 
 def ended_before(member: Member, begun: run.Begun) -> loop.Outcome:
   """What the shorter run ended with that a member goes on from."""
   known = read_origin(member.earlier) or {}
-  origin = {name: known[name] for name in begun.plan.origin}
+  origin = {name: known.get(name, value) for name, value in begun.plan.origin.items()}
   epochs = json.loads((member.earlier / "config.json").read_text())["schedule"]["epochs"]
   silent = {"journal": None, "on_epoch": None, "settings": {}}
   plan = dataclasses.replace(begun.plan, epochs=epochs, workdir=member.earlier, origin=origin, **silent)
@@ -220,10 +238,12 @@ def rehearsed(c: Config, card: dict, data: Data, number: int, teachers: bool) ->
   setup = experiment.build(c, data.spec, net, card, mesh)
   state = experiment.initial_state(c, setup, key, data.spec.image_shape, variables)
 
+  number = min(number, beginning(state, 2))
+
   def build(number: int) -> Program:
     return Program(setup, 1, [state] * number, [variables] * (number if teachers else 1))
 
-  number, program = fitting(number, build)
+  number, program = fitting(number, build, number * _bytes(state))
   compiling = time.monotonic() - began
   state, epoch = program.loaded()
   state, _ = jax.block_until_ready(epoch(state))

@@ -272,7 +272,7 @@ def trained(of: Checked, each: Sequence[Member]) -> Iterator[Sequence[Member]]:
   groups: dict[str, list[Member]] = {}
   for member in each:
     if not member.done:
-      groups.setdefault(of.programs[member.point.name] or member.name, []).append(member)
+      groups.setdefault(_group(of, member), []).append(member)
   for group in groups.values():
     while len(group) > 1 and of.sweep.most != 1:
       taken = together.carry_out(group[: of.sweep.most or LARGEST_GROUP], root, of.data)
@@ -282,6 +282,12 @@ def trained(of: Checked, each: Sequence[Member]) -> Iterator[Sequence[Member]]:
     for member in group:
       _alone(member, of.data)
       yield [member]
+
+
+def _group(of: Checked, member: Member) -> str:
+  """What is equal for members that may train together; one that was interrupted alone goes on alone."""
+  goes_on = not member.done and (member.workdir / "checkpoints").exists()
+  return member.name if goes_on else of.programs[member.point.name] or member.name
 
 
 def _teach(of: Checked, member: Member) -> None:
@@ -380,7 +386,7 @@ def plan_text(of: Checked) -> str:
     lines.append(f"{len(taught)} teachers are trained first, {there} of them are there; their time is not predicted")
   groups: dict[str, list[Member]] = {}
   for member in each:
-    groups.setdefault(of.programs[member.point.name] or member.name, []).append(member)
+    groups.setdefault(_group(of, member), []).append(member)
   for group in groups.values():
     names, digest = ", ".join(member.name for member in group), of.programs[group[0].point.name]
     waiting = [member for member in group if not member.done]

@@ -213,6 +213,8 @@ def check_flags(args: argparse.Namespace, card: dict[str, Any]) -> None:
     )
   if args.check and card["net"] in nets.GENERATORS:
     raise Refusal(f"{args.source} is a generator, and --check is for classifiers; remove it.")
+  if args.images and card["net"] in nets.GENERATORS:
+    raise Refusal(f"{args.source} is a generator, and --images is for classifiers; remove it.")
   for key in ("num_classes", "image_size", "channels") if args.check else ():
     expected = getattr(datasets.find(args.check, args.data_dir).spec, key)
     if card[key] != expected:
