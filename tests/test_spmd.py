@@ -112,6 +112,28 @@ def test_launcher_prints_the_last_lines_to_a_slow_reader():
   assert launcher.returncode == 0 and {"[0] last", "[1] last"} < set(lines) and len(lines) == 2 * 1401
 
 
+@pytest.mark.slow
+def test_phases_on_two_processes_end(tmp_path, digits_dir):
+  """As on one, but for round-off; the last network is written by all."""
+  config = REPOSITORY / "configs" / "incremental_digits.py"
+  program = (
+    sys.executable,
+    "-m",
+    "cpsc_jax.main",
+    f"--config={config}:smoke",
+    f"--config.dataset.data_dir={digits_dir}",
+  )
+  found = []
+  for name, before in (("one", ()), ("two", (*LAUNCHER, "--processes=2", "--devices=1", "--restarts=0", "--"))):
+    command = [*before, *program, f"--workdir={tmp_path / name}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=with_devices(1), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    results = json.loads((tmp_path / name / "results.json").read_text())
+    found.append(results["incremental"]["matrix"])
+    assert (tmp_path / name / "student" / "net.json").exists() and results["hardware"]["processes"] == len(found)
+  assert np.abs(np.concatenate([np.subtract(*rows) for rows in zip(*found, strict=True)])).max() < 0.1
+
+
 @pytest.mark.parametrize("ends_by_itself", [True, False])
 def test_launcher_is_interrupted(ends_by_itself, tmp_path):
   """Ctrl-C in a terminal reaches all processes, `kill -INT` the launcher alone; it ends them, in one line each."""

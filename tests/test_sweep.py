@@ -367,6 +367,24 @@ def test_a_grid_ends_without_a_point_that_has_all_seeds_and_a_search_does_not(
     assert "0.9000" in work.carry_out(of)
 
 
+def test_a_member_that_was_interrupted_alone_goes_on_alone(config, tmp_path, monkeypatch):
+  of = work.checked(work.Sweep(config, (), tmp_path, (f"{SCL}=2",), 2))
+  each, alone = work.members(of, of.points), []
+  (each[0].workdir / "checkpoints" / "1").mkdir(parents=True)
+  for member in each:
+    (member.teacher / "teacher").mkdir(parents=True, exist_ok=True)
+    (member.teacher / "teacher" / work.CARD).touch()
+
+  def together_(group, root, data, whole=False):
+    together.folder_of(root, group).mkdir(parents=True)
+    return group
+
+  monkeypatch.setattr(together, "carry_out", together_)
+  monkeypatch.setattr(work, "_alone", lambda member, data: alone.append(member.name))
+  yielded = [[member.name for member in taken] for taken in work.trained(of, each)]
+  assert alone == [each[0].name] and [member.name for member in each[1:]] in yielded
+
+
 def test_a_dry_run_counts_the_iterations_of_each_point(config, tmp_path, monkeypatch):
   monkeypatch.setattr(together, "rehearsed", lambda *_: together.Rehearsal(1, 1.0, 1.0, 0.0))
   grids = ("schedule.iterations=7", "schedule.epochs=5")
@@ -429,8 +447,16 @@ def test_members_together_agree_with_runs_alone_and_are_resumed(tmp_path, digits
 
 
 @pytest.mark.slow
-def test_successive_halving_goes_on_from_the_rung_before(tmp_path, digits_dir, capsys):
-  flags = (digits_dir, "--config.schedule.epochs=4", "--search=halving", "--seeds=1", "--budget=2")
+@pytest.mark.parametrize("arm", ["distill", "real_kd"])
+def test_successive_halving_goes_on_from_the_rung_before(arm, tmp_path, digits_dir, capsys):
+  flags = (
+    digits_dir,
+    f"--config.arm={arm}",
+    "--config.schedule.epochs=4",
+    "--search=halving",
+    "--seeds=1",
+    "--budget=2",
+  )
   assert swept(tmp_path, *flags, "--grid", "student.lr=log(0.001..0.5)") == 0
   said = capsys.readouterr().out
   assert "a search chooses on a part held out" in said and "rung 1 of 3, 1 epochs: 5 points" in said
@@ -465,5 +491,10 @@ def test_fewer_members_where_memory_is_short(monkeypatch, capsys):
     return type("Program", (), {"needed": 200 * number})()
 
   assert together.fitting(10, build)[0] == 4 and built == [10, 4]
+  assert together.fitting(4, build, beside=300)[0] == 2, "what is left besides those that have begun"
   assert together.fitting(1, lambda number: type("Program", (), {"needed": 10**9})())[0] == 1
   assert "would not fit: 4 members together" in capsys.readouterr().out
+  state = {"images": np.zeros(90, np.uint8), "weights": np.zeros(2, np.float32), "count": np.zeros(2, np.uint8)}
+  assert [together.beginning(state, copies) for copies in (2, 3, 50)] == [4, 2, 1]
+  monkeypatch.setattr(together, "device_memory", lambda: 0)
+  assert together.fitting(10, build)[0] == 10 and together.beginning(state, 2) > 10**9, "where it is not known"
