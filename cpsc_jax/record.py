@@ -519,7 +519,7 @@ def _samples_drawn(config: Config, setup: Setup) -> dict[str, int]:
   learning = epochs - tasks.waiting_epochs(config)
   return {
     "generator": epochs * each * setup.method.batch_size * generator.steps if generator else 0,
-    "student": learning * each * config.schedule.batch_size * config.student.steps,
+    "student": learning * each * tasks.of(config).images(config) * config.student.steps,
   }
 
 

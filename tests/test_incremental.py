@@ -1,6 +1,7 @@
 """Class-incremental learning: phases and orders, terms against NumPy, what a phase may open, a run and its files."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -87,6 +88,11 @@ def test_an_order_is_given_or_shuffled_by_a_seed():
       {"loss__student__refine": 0.5},
       "loss.student.refine is 0.5, but config.incremental.refine is 0, so that there is",
     ),
+    (
+      {"generator__prior": "given", "generator__prior_shares": "0,0,1,1,1,1,1,1,1,1"},
+      "nothing but 0 for the 2 classes of the first phase",
+    ),
+    ({"generator__between_share": 0.25}, "between_share is 0.25, but loss.student.balanced takes a sample between two"),
     ({"incremental__batch_size": 0}, "config.incremental.batch_size is 0; it must be at least 1"),
   ],
 )
@@ -94,6 +100,32 @@ def test_bad_settings_are_refused_before_any_work(changes, word):
   c = settings(**{"incremental__phases": 5, **changes})
   with pytest.raises(Refusal, match=word):
     config.resolve(c, DIGITS, mesh.make_mesh())
+
+
+@pytest.mark.parametrize(
+  ("family", "changes", "word"),
+  [
+    (
+      "rgal",
+      {"incremental.rests": True, "pool.fresh_share": 0.25},
+      "share of a batch, config.pool.fresh_share, is 0.25",
+    ),
+    ("fast", {"incremental.rests": True, "episodes.warmup": 2}, "after 2 batches, and the student waits for more than"),
+    ("nayer", {"generator.embedding": "classes.npy"}, "classes.npy', a file with a row for each class, and each phase"),
+  ],
+)
+def test_bad_settings_of_other_methods_are_refused(family, changes, word):
+  c = other_method(family)
+  c.update_from_flattened_dict({"generator.warmup_epochs": 1, "schedule.epochs": 4, "incremental.phases": 5} | changes)
+  with pytest.raises(Refusal, match=word):
+    config.resolve(c, DIGITS, mesh.make_mesh())
+
+
+def other_method(method):
+  """The smoke config of another method on the digits, with the keys of phases."""
+  c = importlib.import_module(f"cpsc_jax.configs.{method}_cifar10").get_config("digits_smoke")
+  schema.add_keys_of_task(c, "incremental")
+  return c
 
 
 def test_a_data_set_without_training_images_is_refused():
@@ -441,12 +473,17 @@ def test_an_epoch_goes_through_the_new_images_evenly():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rgal", "deepinversion", "cmi", "dafl", "fast"])
-def test_other_methods_draw_the_old_classes(method):
-  import importlib
-
-  family = importlib.import_module(f"cpsc_jax.configs.{method}_cifar10").get_config("digits_smoke")
-  schema.add_keys_of_task(family, "incremental")
+@pytest.mark.parametrize(
+  ("method", "arm"),
+  [
+    *((name, "distill") for name in ("rgal", "deepinversion", "cmi", "dafl", "fast")),
+    *(("rgal", arm) for arm in ("no_rehearsal", "joint")),
+    *((name, "lwf") for name in ("fast", "nayer")),
+  ],
+)
+def test_other_methods_draw_the_old_classes(method, arm):
+  family = other_method(method)
+  family.arm = arm
   family.incremental.update({"known": 4, "batch_size": 8})
   family.loss.student.update({"local": 1.0, "balanced": 1.0})
   devices, spec = mesh.make_mesh(), dataclasses.replace(DIGITS, num_classes=6)
@@ -644,6 +681,7 @@ def test_control_arms_run(arm, finished_phases, digits_dir, tmp_path):
   workdir, c, _ = finished_phases
   c, watched = c.copy_and_resolve_references(), Watched(digits_dir)
   c.arm, c.teacher.checkpoint, c.incremental.phases, c.incremental.first = arm, str(workdir / "teacher"), 3, 4
+  c.generator.warmup_epochs = 1
   results = phases.run(c, tmp_path / arm, data=watched).results
   assert results["arm"] == arm and len(results["incremental"]["accuracy"]) == 3
   new = [{1, 2, 4}, {5, 6, 8}]
@@ -654,3 +692,7 @@ def test_control_arms_run(arm, finished_phases, digits_dir, tmp_path):
   assert watched.opened == opened.get(arm, new)
   second = json.loads((tmp_path / arm / "phase_3" / "results.json").read_text())
   assert (second["generator"] is None) == (arm in incremental.ARMS)
+  history = json.loads((tmp_path / arm / "phase_3" / "history.json").read_text())["student"]
+  assert [bool(entry["totals"]["student"]) for entry in history] == [False, True], "all wait as long"
+  images = c.incremental.batch_size + (c.schedule.batch_size if arm in ("untrained_generator", "real_rehearsal") else 0)
+  assert second["samples"]["student"] == second["config"]["schedule"]["iterations"] * c.student.steps * images

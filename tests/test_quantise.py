@@ -396,6 +396,7 @@ def test_what_a_key_must_not_be_is_refused(name):
     ({"quantise__calibration": 3}, "are 3 epochs together, more than config.schedule.epochs, 2"),
     ({"schedule__epochs": 9, "evaluate__every": 2}, "make that a multiple of config.evaluate.every, 2"),
     ({"reference": True}, "leave it False for task 'quantise'"),
+    ({"student__norm_parts": 2}, "norm_parts is 2, but batch norms of a quantised network are fixed; set it to 1"),
     ({"generator__student_mode": "train"}, "student_mode is 'train', with which the generator's steps would move"),
     ({"task": "prune"}, "config.task is 'prune'; it must be one of distil, quantise, incremental"),
   ],

@@ -37,6 +37,7 @@ class Task:
       student has inherited its layers by then.
     with_real: (config, setup, training images, the teacher's card) -> the setup, for a task whose student sees real
       images as well; None: it sees none, and no training split is opened.
+    images: config -> how many images the student sees in an update.
     report: (config, setup, scores before the first epoch, history) -> what results.json says beside the rest; None:
       nothing, and nothing is measured before the first epoch.
   """
@@ -55,4 +56,5 @@ class Task:
   learning_rate: Callable[[Any, jax.Array, jax.Array], jax.Array] = lambda config, epoch, rate: rate
   begin: Callable[[Any, Setup, State, tuple[int, int, int], Tree], State] = lambda config, setup, state, *_: state
   with_real: Callable[[Any, Setup, int, dict], Setup] | None = None
+  images: Callable[[Any], int] = lambda config: config.schedule.batch_size
   report: Callable[[Any, Setup, dict[str, float], list[dict]], dict[str, Any]] | None = None

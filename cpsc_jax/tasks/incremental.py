@@ -15,7 +15,7 @@ import ml_collections
 import optax
 from jax.lax import stop_gradient
 
-from cpsc_jax import losses, methods, nets, optim, schema, sources, streams
+from cpsc_jax import losses, methods, nets, optim, prior, schema, sources, streams
 from cpsc_jax.datasets import Dataset
 from cpsc_jax.errors import Refusal
 from cpsc_jax.mesh import check_divisible, replicated
@@ -86,8 +86,15 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
   c = config.incremental
   check_divisible(mesh, "config.incremental.batch_size", c.batch_size)
   if not c.known:
-    sizes(config, spec.num_classes)
+    first = sizes(config, spec.num_classes)[0]
     class_order(config, spec.num_classes)
+    if config.generator.prior == "given":
+      shares = prior.read(config.generator.prior_shares)
+      if not shares[: min(config.generator.label_limit or first, first)].max() > 0:
+        raise Refusal(
+          f"config.generator.prior_shares has nothing but 0 for the {first} classes of the first phase, from which the"
+          " second draws labels; give one of them a share."
+        )
   if "train" not in spec.sizes:
     raise Refusal(f"data set '{config.dataset.name}' has no training split, of which every phase learns new classes.")
   for key, value, wanted in (
@@ -115,6 +122,24 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
     )
   if c.rests and not config.generator.warmup_epochs:
     raise Refusal("config.incremental.rests is True, but generator.warmup_epochs is 0: the generator would not learn.")
+  inverts, episodes = getattr(methods.METHODS[config.method], "INVERTS", False), "episodes" in config
+  if c.rests and inverts and config.pool.fresh_share:
+    raise Refusal(
+      f"config.incremental.rests is True, but method '{config.method}' begins every iteration with an untrained"
+      f" generator, whose share of a batch, config.pool.fresh_share, is {config.pool.fresh_share}; set that to 0."
+    )
+  batches = config.generator.warmup_epochs * config.schedule.iterations
+  if c.rests and episodes and batches <= config.episodes.warmup:
+    raise Refusal(
+      f"config.incremental.rests is True after {batches} batches, and the student waits for more than"
+      f" config.episodes.warmup, {config.episodes.warmup}: it would never learn; make generator.warmup_epochs longer."
+    )
+  hard = [name for name in ("balanced", "classifier", "refine") if config.loss.student[name]]
+  if config.generator.between_share and hard and config.arm not in ARMS:
+    raise Refusal(
+      f"config.generator.between_share is {config.generator.between_share}, but loss.student.{hard[0]} takes a sample"
+      " between two classes for one of them; set one of the two to 0."
+    )
   if c.refine and not config.loss.student.refine:
     raise Refusal("config.incremental.refine needs config.loss.student.refine, whose weight is 0; set one of the two.")
   if config.loss.student.refine and not c.refine:
@@ -317,6 +342,12 @@ def optimiser(
   return optim.followed_by(epochs * steps, tx, optim.alone(late, nets.classifier_path(net, image_shape)))
 
 
+def images(config: Config) -> int:
+  """New classes' images, and samples or, of some control arms, kept images or none."""
+  others = 0 if config.arm in ARMS and config.arm != "real_rehearsal" else config.schedule.batch_size
+  return config.incremental.batch_size + others
+
+
 def learning_rate(config: Config, epoch: jax.Array, rate: jax.Array) -> jax.Array:
   c = config.incremental
   refining = epoch > config.schedule.epochs - c.refine
@@ -343,7 +374,8 @@ def with_real(config: Config, setup: Setup, size: int, card: dict) -> Setup:
 
   def begin(state: State, key: jax.Array) -> State:
     """New orders of the real images are drawn once in an epoch."""
-    order, state = streams.key(key, Stream.ORDER), base.begin(state, key)
+    order = streams.key(key, Stream.ORDER)
+    state = state if controlled else base.begin(state, key)
     again = state.step % iterations == 0
     return jax.lax.cond(again, lambda s: sources.shuffle(s, order, size), lambda s: s, state)
 
@@ -351,6 +383,7 @@ def with_real(config: Config, setup: Setup, size: int, card: dict) -> Setup:
   if controlled:
     student_terms, weights = _of_arm(config)
     method = Method(generator_terms={}, student_terms=student_terms, source=source, init=init, begin=begin)
+    method = methods.with_warmup(config, method, iterations)
     teacher = setup.teacher if config.arm == "lwf" else None
     # Parts of a batch are its two kinds of images, of which most arms have one.
     parts_of_norms = setup.student.norm_parts if config.arm == "real_rehearsal" else 1
@@ -393,4 +426,5 @@ TASK = Task(
   learning_rate=learning_rate,
   begin=begin,
   with_real=with_real,
+  images=images,
 )

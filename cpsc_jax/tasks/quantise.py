@@ -35,6 +35,11 @@ def check(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> None:
       "config.generator.student_mode is 'train', with which the generator's steps would move the ranges of activations,"
       " before they are calibrated too; set it to 'eval'."
     )
+  if config.student.norm_parts != 1:
+    raise Refusal(
+      f"config.student.norm_parts is {config.student.norm_parts}, but batch norms of a quantised network are fixed; set"
+      " it to 1."
+    )
   before = waiting(config, methods.waiting_epochs(config))
   epochs, every = config.schedule.epochs, config.evaluate.every
   phases = f"config.generator.warmup_epochs and config.quantise.calibration are {before} epochs together"
