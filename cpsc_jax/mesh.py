@@ -132,18 +132,20 @@ def primary_first(work: Callable[[], object]) -> None:
         work()
       except Refusal as error:
         refusal = error
-    if single_process():
-      said = [str(refusal or "")]
-    else:
-      text = np.zeros(MOST_SAID, np.uint8)
-      encoded = np.frombuffer(str(refusal or "").encode()[:MOST_SAID], np.uint8)
-      text[: len(encoded)] = encoded
-      rows = multihost_utils.process_allgather(text)
-      said = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    reasons = _of_all(str(refusal or ""))
     if refusal:
       raise refusal
-    if any(said):
-      raise Refusal(next(filter(None, said)))
+    if any(reasons):
+      raise Refusal(next(filter(None, reasons)))
+
+
+def _of_all(text: str) -> list[str]:
+  """The first MOST_SAID bytes of a text of each process, on all of them."""
+  if single_process():
+    return [text]
+  encoded = np.frombuffer(text.encode()[:MOST_SAID], np.uint8)
+  rows = multihost_utils.process_allgather(np.pad(encoded, (0, MOST_SAID - len(encoded))))
+  return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def broadcast(value: int) -> int:

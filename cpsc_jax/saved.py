@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cpsc_jax import checkpoint, files, nets, schema
+from cpsc_jax import checkpoint, files, nets
 from cpsc_jax.errors import Refusal, first_line
 
 WHICH = ("student", "student_best", "teacher", "generator")
-NO_GENERATOR = (*schema.REAL_ARMS, *schema.INCREMENTAL_ARMS, "gaussian_noise")  # arms
+NO_GENERATOR = ("real_kd", "real_labels", "gaussian_noise", "no_rehearsal", "lwf", "real_rehearsal", "joint")  # arms
 CARD_KEYS = ("net", "num_classes", "image_size", "channels", "mean", "std", "digest")
 LARGEST_WIDTH = 2**16  # of a generator's latents and channels
 GENERATOR_KEYS = ("latent_dim", "width", "conditional", "output", "epsilon", "init")  # what a card has of a config

@@ -40,7 +40,7 @@ ROOMS = {
   "evaluate": {"datasets", "mesh", "setup", "state", "streams"},
   "examine": {"algorithm", "diagnostics", "evaluate", "gradients", "mesh", "setup", "state"},
   "saved": {"errors", "files", "checkpoint", "nets"},
-  "report": {"checksums", "command", "errors", "page"},
+  "report": {"checksums", "command", "errors", "files", "page"},
   "sample": {"errors", "progress", "datasets", "report", "saved", "command"},
   "interop": {
     "errors",
@@ -66,6 +66,7 @@ ROOMS = {
     "methods",
     "nets",
     "optim",
+    "prior",
     "schema",
     "setup",
     "sources",
@@ -199,6 +200,7 @@ ROOMS = {
     "teach",
   },
   "main": {
+    "command",
     "compile_cache",
     "configs",
     "describe",
