@@ -220,12 +220,12 @@ def check_embedding(config: Config, spec: Dataset, mesh: jax.sharding.Mesh) -> N
   kind = config.generator.embedding
   if kind and config.method != "nayer":
     raise Refusal(f"config.generator.embedding is '{kind}', which is method 'nayer' alone's; leave it empty.")
-  if kind and kind not in EMBEDDINGS and tasks.of(config).in_phases:
-    raise Refusal(
-      f"config.generator.embedding is '{kind}', a file with a row for each class, and each phase knows other classes;"
-      f" choose one of {', '.join(EMBEDDINGS)}."
-    )
   if kind and kind not in EMBEDDINGS:
+    if tasks.of(config).in_phases:
+      raise Refusal(
+        f"config.generator.embedding is '{kind}', a file with a row for each class, and each phase knows other classes;"
+        f" choose one of {', '.join(EMBEDDINGS)}."
+      )
     read_embedding(kind, spec.num_classes)
 
 

@@ -51,10 +51,9 @@ def start() -> None:
   except (RuntimeError, ValueError) as error:
     raise Refusal(f"cannot connect to the other processes of this run: {str(error).splitlines()[0]}") from error
   if _alone_on_its_node() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+    # JAX has taken the task's index on its node for that of the one GPU that it may use.
     for flag in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-      jax.config.update(
-        flag, "all"
-      )  # under Slurm, JAX has given a process the GPU of its index on the node, and no other
+      jax.config.update(flag, "all")
 
 
 def _alone_on_its_node() -> bool:

@@ -65,13 +65,14 @@ def find(workdir: str | pathlib.Path, which: str | None = None, default: str = "
     )
   if which == "teacher" and config["teacher"]["checkpoint"]:
     return _given_teacher(workdir, pathlib.Path(config["teacher"]["checkpoint"]))
-  if not (workdir / which).exists():
-    phases = [path for path in workdir.glob(f"phase_*/{which}") if path.parent.name[len("phase_") :].isdecimal()]
-    if phases:
-      return max(phases, key=lambda path: int(path.parent.name[len("phase_") :]))
+  if (workdir / which).exists():
+    return workdir / which
+  numbered = {path.parent.name.removeprefix("phase_"): path for path in workdir.glob(f"phase_*/{which}")}
+  if phases := {int(number): path for number, path in numbered.items() if number.isdecimal()}:
+    return phases[max(phases)]
   if which == "generator" and config["arm"] in NO_GENERATOR:
     raise Refusal(f"the run in {workdir} has no generator: it was run with arm '{config['arm']}', not 'distill'.")
-  if which == "generator" and not (workdir / which).exists():
+  if which == "generator":
     raise Refusal(
       f"the run in {workdir} saved no generator: its method trains a new one for every batch. Its samples are in"
       f" {workdir / 'pool.npz'} and samples.png."

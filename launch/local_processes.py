@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-FINAL = (2, 3, 130)  # exit codes after which a restart would fail again
 INTERRUPTED, RESUME = 130, 75
+FINAL = (2, 3, INTERRUPTED)  # exit codes after which a restart would fail again
 SECONDS_WITHOUT_IT = 5.0  # that the others have to end by themselves; less than the heartbeat timeout of cpsc_jax.mesh
 SECONDS_AFTER_INTERRUPT = 2.0  # in which processes end that Ctrl-C has reached too; it reaches all of a terminal
 SECONDS_OF_LAST_LINES = 5.0  # a process that a child of it outlives never closes its output

@@ -256,3 +256,11 @@ def test_accuracy_of_published_checkpoints(name, cifar10_dir, tmp_path):
   source, (_, _, right) = shared("data", "checkpoints", name), PUBLISHED[name]
   assert main([str(source), "--out", str(tmp_path / "t"), "--check", "cifar10", "--data_dir", cifar10_dir]) == 0
   assert abs(checkpoint.read_card(tmp_path / "t")["accuracy"] * 10_000 - right) <= 2
+
+
+@pytest.mark.parametrize("flag", ["check", "images"])
+def test_what_is_for_classifiers_is_refused_of_a_generator(flag, tmp_path, capsys):
+  torch.save(zoo.CifarGenerator(12, 4, 32, 3, 5).state_dict(), tmp_path / "g.pth")
+  value = "digits" if flag == "check" else tmp_path / "nowhere"
+  error = refused(capsys, tmp_path / "g.pth", "--out", tmp_path / "g", f"--{flag}", value)
+  assert f"is a generator, and --{flag} is for classifiers; remove it." in error and not (tmp_path / "g").exists()

@@ -91,10 +91,11 @@ def fitting(number: int, build: Callable[[int], Program], beside: int = 0) -> tu
 
   `beside` are the bytes that members who have begun take besides.
   """
-  limit = SHARE_OF_MEMORY * device_memory() - beside
+  memory = device_memory()
+  limit = SHARE_OF_MEMORY * memory - beside
   while True:
     program = build(number)
-    if number == 1 or not device_memory() or program.needed <= limit:
+    if number == 1 or not memory or program.needed <= limit:
       return number, program
     number = max(min(number - 1, int(number * limit / program.needed)), 1)
     say(f"{(program.needed + beside) / 2**20:,.0f} MiB would not fit: {number} members together")

@@ -211,10 +211,9 @@ def check_flags(args: argparse.Namespace, card: dict[str, Any]) -> None:
     raise Refusal(
       f"{args.source} makes images of {card['image_size']} pixels, but --image_size is {args.image_size}; remove it."
     )
-  if args.check and card["net"] in nets.GENERATORS:
-    raise Refusal(f"{args.source} is a generator, and --check is for classifiers; remove it.")
-  if args.images and card["net"] in nets.GENERATORS:
-    raise Refusal(f"{args.source} is a generator, and --images is for classifiers; remove it.")
+  for flag in ("check", "images") if card["net"] in nets.GENERATORS else ():
+    if getattr(args, flag):
+      raise Refusal(f"{args.source} is a generator, and --{flag} is for classifiers; remove it.")
   for key in ("num_classes", "image_size", "channels") if args.check else ():
     expected = getattr(datasets.find(args.check, args.data_dir).spec, key)
     if card[key] != expected:
